@@ -1,0 +1,170 @@
+"""Views: what is cut from an image, drawn once, stored, and replayed exactly.
+
+A `ViewPlan` draws; a `View` is all that is needed to cut the same pixels again; `render` cuts them. Nothing here reads
+files, holds state or knows about batches. Trade-off: pixels are cut on the CPU from the decoded uint8 image, so that
+every reader gets the teacher's pixels bit for bit, on any device.
+
+Shapes: H, W image height and width in pixels, S side of a rendered view in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kddata import rng
+from kddata.errors import ConfigError
+
+Interpolation = Literal["bilinear", "bicubic"]
+Policy = Literal["none", "center"]
+
+PLAN_VERSION = 1
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One view of one image: no seed, no library state, no output size.
+
+    Attributes:
+        box: (top, left, height, width) in whole pixels of what it is cut from.
+        flip: mirrored left to right after the cut.
+        resize: None, or the (height, width) that the whole image is brought to before the cut.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool = False
+    resize: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPlan:
+    """How views are drawn. Teachers and students of any input size share a plan, and so share views.
+
+    Policies:
+        none: random-resized crop (Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6) and flip.
+        center: the evaluation view. The short side is resized to round(center_px * 256 / 224), the middle
+            center_px x center_px is cut, never flipped. It has one view an image.
+
+    Attributes:
+        seed: with the image id and the view index, all that a random view depends on.
+        area: smallest and largest share of the image's area that a crop covers.
+        aspect: smallest and largest width / height of a crop.
+        flip_p: probability of a flip.
+        interpolation: how pixels are resampled, always antialiased.
+        center_px: side of the centre crop, for policy center alone.
+        version: of the drawing rules; it changes when equal arguments would draw other views.
+    """
+
+    seed: int = 0
+    policy: Policy = "none"
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_p: float = 0.5
+    interpolation: Interpolation = "bilinear"
+    center_px: int | None = None
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("none", "center"):
+            raise ConfigError("views.policy is one of none, center", actual=repr(self.policy))
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ConfigError("views.interpolation is bilinear or bicubic", actual=repr(self.interpolation))
+        if (self.policy == "center") != (self.center_px is not None):
+            raise ConfigError("policy center, and no other, has a center_px", actual=f"{self.policy}, {self.center_px}")
+        if self.center_px is not None and self.center_px < 1:
+            raise ConfigError("center_px is at least 1", actual=self.center_px)
+        for name in ("area", "aspect"):  # 1 and 1.0 are one plan, with one fingerprint
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        object.__setattr__(self, "flip_p", float(self.flip_p))
+        low, high = self.area
+        if not 0 < low <= high <= 1:
+            raise ConfigError("views.area is (low, high) with 0 < low <= high <= 1", actual=self.area)
+        low, high = self.aspect
+        if not 0 < low <= high < math.inf:
+            raise ConfigError("views.aspect is (low, high) with 0 < low <= high", actual=self.aspect)
+        if not 0 <= self.flip_p <= 1:
+            raise ConfigError("views.flip_p is between 0 and 1", actual=self.flip_p)
+        if self.version != PLAN_VERSION:
+            raise ConfigError(f"this library draws plans of version {PLAN_VERSION}", actual=self.version)
+
+    def draw(self, image_id: str, view_index: int, height_px: int, width_px: int) -> View:
+        """The view with this index of this image. Pure: it depends on the plan and on these arguments alone."""
+        if view_index < 0 or height_px < 1 or width_px < 1:
+            raise ValueError(f"view {view_index} of an image of {height_px} x {width_px} px cannot be drawn")
+        if self.policy == "center":
+            return self._center(view_index, height_px, width_px)
+        random = rng.stream(self.seed, "view", self.version, image_id, view_index).random
+        for _ in range(_CROP_ATTEMPTS):
+            area_px = height_px * width_px * _between(self.area, random())
+            aspect = math.exp(_between((math.log(self.aspect[0]), math.log(self.aspect[1])), random()))
+            height, width = round(math.sqrt(area_px / aspect)), round(math.sqrt(area_px * aspect))
+            if 0 < height <= height_px and 0 < width <= width_px:
+                top, left = int(random() * (height_px - height + 1)), int(random() * (width_px - width + 1))
+                break
+        else:  # an image too narrow for the plan: its middle, brought inside the aspect limits
+            width = max(1, min(width_px, round(height_px * self.aspect[1])))
+            height = max(1, min(height_px, round(width_px / self.aspect[0])))
+            top, left = (height_px - height) // 2, (width_px - width) // 2
+        return View(box=(top, left, height, width), flip=random() < self.flip_p)
+
+    def _center(self, view_index: int, height_px: int, width_px: int) -> View:
+        if view_index != 0:
+            raise ConfigError("policy center has one view an image", actual=f"view {view_index}", fix="per_image: 1")
+        assert self.center_px is not None
+        crop = self.center_px
+        short, long = round(crop * 256 / 224), max(height_px, width_px)
+        long = int(short * long / min(height_px, width_px))
+        height, width = (short, long) if height_px <= width_px else (long, short)
+        top, left = int(round((height - crop) / 2)), int(round((width - crop) / 2))
+        return View(box=(top, left, crop, crop), resize=(height, width))
+
+
+def render(image_u8_3HW: Tensor, view: View, *, size_px: int, interpolation: Interpolation) -> Tensor:
+    """The pixels of a view, uint8 [3, S, S] with S = size_px. Pure; equal arguments give equal bits.
+
+    Equals: resize the whole image if `view.resize` says so; cut `view.box`; resize to S x S with antialiasing, unless
+    it has that size; mirror if `view.flip`.
+
+    Raises ValueError for a tensor that is not uint8 [3, H, W], or a box that leaves the image.
+    """
+    if image_u8_3HW.dtype != torch.uint8 or image_u8_3HW.ndim != 3 or image_u8_3HW.shape[0] != 3:
+        raise ValueError(f"an image is uint8 [3, H, W]; got {image_u8_3HW.dtype} {tuple(image_u8_3HW.shape)}")
+    pixels = image_u8_3HW
+    if view.resize is not None:
+        pixels = _resize(pixels, view.resize, interpolation)
+    top, left, height, width = view.box
+    if (
+        top < 0
+        or left < 0
+        or height < 1
+        or width < 1
+        or top + height > pixels.shape[1]
+        or left + width > pixels.shape[2]
+    ):
+        raise ValueError(f"box {view.box} leaves the image of {pixels.shape[1]} x {pixels.shape[2]} px")
+    pixels = _resize(pixels[:, top : top + height, left : left + width], (size_px, size_px), interpolation)
+    return (pixels.flip(-1) if view.flip else pixels).contiguous()
+
+
+def pixel_hash(pixels_u8_3SS: Tensor) -> int:
+    """A 64-bit BLAKE2b hash of a rendered view: its proof of exact replay."""
+    data = pixels_u8_3SS.contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _between(limits: tuple[float, float], u: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * u
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    from torchvision.transforms.v2 import functional as tvf
+
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    return tvf.resize(pixels, list(size), tvf.InterpolationMode(interpolation), antialias=True)

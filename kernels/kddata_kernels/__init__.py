@@ -1,0 +1,1 @@
+"""Triton kernels of kddata: torch and triton only."""
