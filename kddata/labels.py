@@ -97,7 +97,7 @@ class SoftLabels:
             return torch.log_softmax(scaled, dim=1), scaled.new_full((len(self),), -math.inf)
         if temperature not in self.temperatures:
             raise LabelError(
-                f"the tail mass of truncated labels is known at the declared temperatures {list(self.temperatures)} alone",
+                f"the tail mass of truncated labels is known at {list(self.temperatures)} alone",
                 actual=f"temperature {temperature:g}",
                 fix="use one of these, or label again with labels.temperatures naming it (or with k = all classes)",
             )

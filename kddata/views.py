@@ -121,7 +121,7 @@ class ViewPlan:
         short, long = round(crop * 256 / 224), max(height_px, width_px)
         long = int(short * long / min(height_px, width_px))
         height, width = (short, long) if height_px <= width_px else (long, short)
-        top, left = int(round((height - crop) / 2)), int(round((width - crop) / 2))
+        top, left = round((height - crop) / 2), round((width - crop) / 2)
         return View(box=(top, left, crop, crop), resize=(height, width))
 
 
