@@ -1,0 +1,144 @@
+"""Order: which rows of a store, in which order, for (seed, epoch), and how steps and ranks share them. Pure functions.
+
+Units are shuffled and laid end to end; that sequence is cut into even windows; rows are shuffled fully inside each
+window. So any position is found without walking to it, one window of label rows is all that a reader holds, and
+neither the order nor the steps depend on how many workers take part. Nothing here reads a store.
+
+Trade-off: a window is not a full permutation. Two rows of one unit are at most a window apart (the unit may straddle
+two), and rows that were stored far apart share a window by chance alone. The whole epoch in one window is a full one.
+
+Letters: U units, W rows of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kddata import rng
+from kddata.errors import ConfigError
+
+WINDOW_ROWS = 1 << 18
+_WINDOW_BYTES = 1 << 28
+_LAST_STEP_ROWS = 16  # eight ranks still have the two rows each that BatchNorm needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Some rows that are shuffled together.
+
+    Attributes:
+        start: position in the epoch of its first row.
+        pieces: (unit, first row, last row + 1) of what it is made of; laid end to end they are its W rows.
+        permutation_W: row i of the window is row `permutation_W[i]` of the pieces.
+    """
+
+    start: int
+    pieces: tuple[tuple[int, int, int], ...]
+    permutation_W: np.ndarray
+
+    @property
+    def stop(self) -> int:
+        """Position in the epoch after its last row."""
+        return self.start + len(self.permutation_W)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """The order of all epochs over a store.
+
+    Attributes:
+        rows_per_unit: how many rows each unit holds, int64 [U]; some may hold none.
+        seed: other seeds, and other epochs of one seed, have unrelated orders.
+        window_rows: at most so many rows are shuffled together.
+    """
+
+    rows_per_unit: np.ndarray
+    seed: int
+    window_rows: int = WINDOW_ROWS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows_per_unit", np.asarray(self.rows_per_unit, dtype=np.int64))
+        if self.rows_per_unit.ndim != 1 or (self.rows_per_unit < 0).any() or self.num_rows == 0:
+            raise ConfigError("an order is over at least one row", actual=f"{self.rows_per_unit.tolist()[:8]} a unit")
+        if self.window_rows < 1:
+            raise ConfigError("window_rows is at least 1", actual=self.window_rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return int(self.rows_per_unit.sum())
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of an epoch; they differ in length by one row at most."""
+        return -(-self.num_rows // self.window_rows)
+
+    def window_at(self, epoch: int, position: int) -> Window:
+        """The window that holds a position of an epoch. Cost: O(U log U + W), wherever it lies."""
+        if not 0 <= position < self.num_rows:
+            raise ValueError(f"position {position} is outside an epoch of {self.num_rows} rows")
+        index = ((position + 1) * self.num_windows - 1) // self.num_rows
+        start, stop = (self.num_rows * i // self.num_windows for i in (index, index + 1))
+        assert start <= position < stop
+        units = _permutation(len(self.rows_per_unit), self.seed, "units", epoch)
+        ends = np.cumsum(self.rows_per_unit[units])
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+        pieces = []
+        for place in range(int(first), int(last) + 1):
+            unit, end = int(units[place]), int(ends[place])
+            begin = end - int(self.rows_per_unit[unit])
+            if begin < end:
+                pieces.append((unit, max(start, begin) - begin, min(stop, end) - begin))
+        permutation_W = _permutation(stop - start, self.seed, "rows", epoch, index)
+        return Window(start=start, pieces=tuple(pieces), permutation_W=permutation_W)
+
+    def rows(self, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """int64 [N, 2]: (unit, row in it) at positions start to stop of an epoch. The clear form of what readers do."""
+        stop, parts = self.num_rows if stop is None else stop, []
+        while start < stop:
+            window = self.window_at(epoch, start)
+            laid = np.concatenate([[(unit, row) for row in range(a, b)] for unit, a, b in window.pieces])
+            end = min(stop, window.stop)
+            parts.append(laid[window.permutation_W][start - window.start : end - window.start])
+            start = end
+        return np.concatenate(parts) if parts else np.empty((0, 2), dtype=np.int64)
+
+
+def window_rows_for(row_bytes: int) -> int:
+    """How many rows of this size are shuffled together: 2^18, less where they would fill more than 256 MiB."""
+    return max(1, min(WINDOW_ROWS, _WINDOW_BYTES // row_bytes))
+
+
+def num_steps(num_rows: int, batch_size: int) -> int:
+    """Steps of an epoch. `batch_size` counts the rows of a step over all ranks.
+
+    A remainder under max(16, batch_size / 8) rows is too small for BatchNorm on several ranks and joins the step
+    before it. An epoch shorter than one batch is one step.
+    """
+    if batch_size < 1:
+        raise ConfigError("data.batch_size is at least 1", actual=batch_size)
+    whole, remainder = divmod(num_rows, batch_size)
+    return max(1, whole + (remainder >= max(_LAST_STEP_ROWS, batch_size // 8)))
+
+
+def step_range(step: int, num_rows: int, batch_size: int) -> tuple[int, int]:
+    """(start, stop) positions in the epoch of one step's rows."""
+    steps = num_steps(num_rows, batch_size)
+    if not 0 <= step < steps:
+        raise ValueError(f"step {step} is outside an epoch of {steps} steps")
+    return step * batch_size, num_rows if step == steps - 1 else (step + 1) * batch_size
+
+
+def rank_range(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(start, stop) of one rank's share of a step: contiguous, and even to one row."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside a world of {world_size}")
+    rows = stop - start
+    return start + rows * rank // world_size, start + rows * (rank + 1) // world_size
+
+
+def _permutation(n: int, seed: int, *key: int | str) -> np.ndarray:
+    """int64 [n]. By sorting random numbers, since numpy may change how `permutation` consumes its stream."""
+    return np.argsort(rng.stream(seed, "order", *key).random(n), kind="stable")

@@ -1,0 +1,78 @@
+"""Order over random stores: each row once, one sequence from every offset, for every world size."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kddata.order import Order, num_steps, rank_range, step_range
+
+orders = st.builds(
+    lambda rows, seed, window_rows: Order(rows_per_unit=np.array(rows), seed=seed, window_rows=window_rows),
+    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    st.integers(0, 2**63),
+    st.integers(1, 200),
+)
+epochs = st.integers(0, 1000)
+
+
+def all_rows(order: Order) -> list[tuple[int, int]]:
+    return [(unit, row) for unit, rows in enumerate(order.rows_per_unit) for row in range(rows)]
+
+
+@given(orders, epochs, st.integers(1, 64), st.integers(1, 9))
+def test_every_row_is_seen_once_an_epoch_by_all_ranks_together(order, epoch, batch_size, world_size):
+    seen = []
+    for step in range(num_steps(order.num_rows, batch_size)):
+        start, stop = step_range(step, order.num_rows, batch_size)
+        for rank in range(world_size):
+            seen += map(tuple, order.rows(epoch, *rank_range(start, stop, rank, world_size)).tolist())
+    assert sorted(seen) == all_rows(order)
+
+
+@given(orders, epochs, st.data())
+def test_any_slice_is_a_slice_of_the_one_sequence(order, epoch, data):
+    start = data.draw(st.integers(0, order.num_rows))
+    stop = data.draw(st.integers(start, order.num_rows))
+    assert np.array_equal(order.rows(epoch, start, stop), order.rows(epoch)[start:stop])
+
+
+@given(orders, epochs)
+def test_windows_are_even_and_bounded_and_hold_each_position(order, epoch):
+    lengths, position = [], 0
+    while position < order.num_rows:
+        window = order.window_at(epoch, position)
+        assert window.start == position
+        last = order.window_at(epoch, window.stop - 1)
+        assert last.start == position
+        lengths.append(len(window.permutation_W))
+        position = window.stop
+    assert len(lengths) == order.num_windows
+    assert max(lengths) <= order.window_rows
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**5), st.integers(1, 64))
+def test_steps_cover_the_epoch_and_none_is_tiny(num_rows, batch_size, world_size):
+    steps = num_steps(num_rows, batch_size)
+    start, stop = step_range(steps - 1, num_rows, batch_size)
+    assert stop == num_rows
+    assert start == (steps - 1) * batch_size
+    assert stop - start >= min(num_rows, batch_size, max(16, batch_size // 8))
+    assert stop - start < batch_size + max(16, batch_size // 8)
+    shares = [rank_range(start, stop, rank, world_size) for rank in range(world_size)]
+    assert shares[0][0] == start
+    assert shares[-1][1] == stop
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
+    sizes = [b - a for a, b in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**62), st.integers(0, 1000))
+def test_epochs_and_seeds_differ(seed, epoch):
+    rows = np.full(8, 32)
+    here = Order(rows_per_unit=rows, seed=seed, window_rows=100).rows(epoch)
+    assert not np.array_equal(here, Order(rows_per_unit=rows, seed=seed, window_rows=100).rows(epoch + 1))
+    assert not np.array_equal(here, Order(rows_per_unit=rows, seed=seed + 1, window_rows=100).rows(epoch))
