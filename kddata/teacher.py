@@ -1,0 +1,276 @@
+"""Teachers: networks built from a description and weights, frozen, that answer uint8 views with logits.
+
+A description names its builder: "torchvision:mobilenet_v2", or "python:package.module:callable", which imports the
+user's own code (it is named by a job file, never by a store). Students are built here too. Nothing here trains, stores
+or draws views. Trade-off: every forward pass is padded to one batch size and pinned to one thread count, so that a
+view's logits do not depend on what else is in its batch.
+
+Shapes: B views, C classes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kddata import rng
+from kddata.cards import MemoryFormat, TeacherCard
+from kddata.errors import ConfigError, TeacherError
+
+_NAMED_MISFITS = 5
+
+
+class Answers(Protocol):
+    """What labelling asks of a teacher. Equal pixels get equal logits, whatever else is in the call."""
+
+    @property
+    def card(self) -> TeacherCard:
+        """Who answers."""
+        ...
+
+    def __call__(self, pixels_u8_B3SS: Tensor) -> Tensor:
+        """float32 [B, C] logits on the CPU, for uint8 views of the card's size, any B."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherArgs:
+    """A teacher as a job names it.
+
+    Attributes:
+        arch: "torchvision:NAME" or "python:package.module:callable" (called with num_classes=).
+        weights: URL or path of a safetensors file; None only for a `python:` callable that brings its own.
+        num_classes: C.
+        size_px: side of its input.
+        mean, std: of its input channels, for pixels in [0, 1].
+        class_names: in the order of its logits, where known.
+    """
+
+    arch: str
+    weights: str | None = None
+    num_classes: int
+    size_px: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    class_names: tuple[str, ...] | None = None
+
+
+class Teacher:
+    """A frozen network with its card. Calling it answers views with logits; see `Answers`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        card: TeacherCard,
+        *,
+        device: str = "cpu",
+        batch_size: int = 16,
+        threads: int = 1,
+        memory_format: MemoryFormat = "channels_last",
+    ) -> None:
+        self.card = card
+        self._device = torch.device(device)
+        self._batch_size, self._threads = batch_size, threads
+        self._layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self._network = network.eval().requires_grad_(False).to(self._device, memory_format=self._layout)
+        self._mean_311, self._std_311 = (
+            torch.tensor(values, device=self._device)[:, None, None] for values in (card.mean, card.std)
+        )
+
+    @torch.inference_mode()
+    def __call__(self, pixels_u8_B3SS: Tensor) -> Tensor:
+        """float32 [B, C] logits on the CPU. Raises TeacherError where the network's answer has another shape."""
+        size_px = self.card.size_px
+        if pixels_u8_B3SS.dtype != torch.uint8 or tuple(pixels_u8_B3SS.shape[1:]) != (3, size_px, size_px):
+            raise ValueError(
+                f"views for this teacher are uint8 [B, 3, {size_px}, {size_px}]; "
+                f"got {pixels_u8_B3SS.dtype} {tuple(pixels_u8_B3SS.shape)}"
+            )
+        with _torch_threads(self._threads), _exact_cudnn():
+            parts = [self._forward(chunk) for chunk in pixels_u8_B3SS.split(self._batch_size)]
+        return torch.cat(parts) if parts else torch.empty(0, self.card.num_classes)
+
+    def _forward(self, pixels_u8_B3SS: Tensor) -> Tensor:
+        num_views, wanted = len(pixels_u8_B3SS), (self._batch_size, self.card.num_classes)
+        padded = pixels_u8_B3SS.new_zeros(self._batch_size, *pixels_u8_B3SS.shape[1:])
+        padded[:num_views] = pixels_u8_B3SS
+        x = padded.to(self._device).float().div_(255).sub_(self._mean_311).div_(self._std_311)
+        logits = self._network(x.contiguous(memory_format=self._layout))
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+            raise TeacherError(
+                f"a teacher of {wanted[1]} classes answers a batch of {wanted[0]} views with logits of shape {wanted}",
+                actual=tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__,
+                where=self.card.arch,
+                fix="set teacher.num_classes to the width of the network's output",
+            )
+        return logits[:num_views].float().cpu()
+
+
+def load_teacher(
+    args: TeacherArgs,
+    *,
+    device: str = "cpu",
+    batch_size: int = 16,
+    threads: int = 1,
+    memory_format: MemoryFormat = "channels_last",
+) -> Teacher:
+    """A teacher, ready to answer: built, loaded, fingerprinted, and asked once about a black view.
+
+    Raises TeacherError for an unknown architecture, weights that are missing or do not fit, a class list of another
+    length than num_classes, or an answer of another width.
+    """
+    if args.class_names is not None and len(args.class_names) != args.num_classes:
+        raise TeacherError(
+            "a class list has one name for each class of its teacher",
+            actual=f"{len(args.class_names)} names, num_classes {args.num_classes}",
+            where=args.arch,
+        )
+    if args.weights is None and not args.arch.startswith("python:"):
+        raise TeacherError("a teacher has weights", actual="weights: null", where=args.arch, fix="name them")
+    network = build_network(args.arch, num_classes=args.num_classes, weights=args.weights)
+    names = None if args.class_names is None else "".join(f"{name}\n" for name in args.class_names)
+    card = TeacherCard(
+        arch=args.arch,
+        weights_sha256=weights_sha256(network),
+        num_classes=args.num_classes,
+        classes_sha256=None if names is None else hashlib.sha256(names.encode()).hexdigest(),
+        size_px=args.size_px,
+        mean=args.mean,
+        std=args.std,
+    )
+    teacher = Teacher(network, card, device=device, batch_size=batch_size, threads=threads, memory_format=memory_format)
+    teacher(torch.zeros(1, 3, args.size_px, args.size_px, dtype=torch.uint8))
+    return teacher
+
+
+def build_network(arch: str, *, num_classes: int, weights: str | None = None, seed: int = 0) -> nn.Module:
+    """The network that `arch` names, in eval mode, on the CPU, in float32: a pure function of its arguments.
+
+    Args:
+        arch: "torchvision:NAME" or "python:package.module:callable".
+        num_classes: handed to the builder by this name.
+        weights: URL or path of a safetensors file that fits exactly; half precision is cast to float. None keeps the
+            builder's own initial weights.
+        seed: of those initial weights.
+
+    Raises ConfigError for an arch that names no builder, TeacherError for weights that are missing or do not fit.
+    """
+    scheme, _, name = arch.partition(":")
+    if scheme == "torchvision":
+        builder = _torchvision_builder(name)
+    elif scheme == "python":
+        builder = _python_builder(name)
+    else:
+        raise ConfigError("arch is torchvision:NAME or python:package.module:callable", actual=repr(arch))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "weights")[:8], "little"))
+        network = builder(num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        raise TeacherError("arch builds a torch.nn.Module", actual=type(network).__name__, where=arch)
+    network = network.float().eval()
+    if weights is not None:
+        _load_weights(network, weights, arch)
+    return network
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hex SHA-256 of every parameter and buffer: name, dtype, shape and values, in order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name}\n{value.dtype}\n{tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _torchvision_builder(name: str):  # type: ignore[no-untyped-def]
+    from torchvision import models
+
+    known = models.list_models(module=models)  # classifiers alone
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            "arch torchvision:NAME names a torchvision classifier",
+            actual=repr(name),
+            fix=f"perhaps torchvision:{near[0]}" if near else "see torchvision.models.list_models()",
+        )
+    return lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _python_builder(name: str):  # type: ignore[no-untyped-def]
+    module_name, _, attribute = name.partition(":")
+    where = f"python:{name}"
+    try:
+        builder = getattr(importlib.import_module(module_name), attribute, None) if attribute else None
+    except ImportError as error:
+        raise ConfigError(
+            "arch python:package.module:callable names a module that can be imported here",
+            actual=str(error),
+            where=where,
+            fix="install it, or run where it lies on PYTHONPATH",
+        ) from error
+    if not callable(builder):
+        raise ConfigError("arch python:package.module:callable names a callable", actual=repr(name), where=where)
+    return builder
+
+
+def _load_weights(network: nn.Module, url: str, arch: str) -> None:
+    import fsspec
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            stored = load(file.read())
+    except FileNotFoundError as error:
+        raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
+    except SafetensorError as error:
+        raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
+    wanted = network.state_dict()
+    # A BatchNorm's step counter says nothing about its answers, and many files leave it out.
+    missing = [name for name in wanted if name not in stored and not name.endswith("num_batches_tracked")]
+    unexpected = sorted(name for name in stored if name not in wanted)
+    misshapen = [
+        f"{name} {list(stored[name].shape)} for {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in stored and stored[name].shape != value.shape
+    ]
+    misfits = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(misfits.values()):
+        raise TeacherError(
+            f"weights fit {arch} exactly",
+            actual="; ".join(f"{len(names)} {how}: {_first(names)}" for how, names in misfits.items() if names),
+            where=url,
+            fix="check arch and num_classes",
+        )
+    network.load_state_dict(stored, strict=False)  # casts to the network's dtype; all that may miss are step counters
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED_MISFITS]) + (", ..." if len(names) > _NAMED_MISFITS else "")
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Torch's thread count within a block: it changes last bits, so a teacher never takes what it finds."""
+    before = torch.get_num_threads()
+    if before == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _exact_cudnn() -> contextlib.AbstractContextManager[None]:
+    """cuDNN without autotuning and TF32: the same bits on every run."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
