@@ -1,0 +1,129 @@
+"""Cross-entropy with ground truth: the hard term of distillation, and the baseline that distillation must beat.
+
+Shapes: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kddata.errors import ConfigError
+from kddata.losses.rows import HardTerm, compute_dtype, row_losses
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def hard_loss(
+    student_logits_BC: Tensor,
+    targets_B: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    targets2_B: Tensor | None = None,
+    lam: float | Tensor = 1.0,
+    weights_B: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy at temperature 1; F.cross_entropy with the mixup pair and row weights that it lacks.
+
+        CE_i = lam_i CE(x_i, targets_i) + (1 - lam_i) CE(x_i, targets2_i),   an ignored target's part being 0
+        mean = sum_i w_i CE_i / sum_i w_i s_i,   s_i the share of row i that is not ignored (1, lam_i, 1 - lam_i or 0)
+
+    So mean is over rows whose target is not ignored, as in F.cross_entropy; where all are ignored it is 0, not NaN.
+
+    Args:
+        student_logits_BC: floating point; computed in float32 at least, float64 when given float64.
+        targets_B: int64 class ids, or `ignore_index`.
+        reduction: mean, sum (of w_i CE_i) or none ([B]).
+        label_smoothing: as in F.cross_entropy.
+        targets2_B, lam: the second target of a mixup pair; lam is the first one's share, a number or [B].
+        weights_B: of the rows, not negative; all 1 by default.
+
+    Raises ConfigError for shapes, dtypes or devices that do not fit, and on CPU for target ids out of range.
+    """
+    check_logits(student_logits_BC, reduction)
+    hard = hard_term(
+        student_logits_BC, targets_B, 1.0, reduction, ignore_index, label_smoothing, targets2_B, lam, weights_B
+    )
+    loss_B, _ = row_losses(student_logits_BC, None, hard)
+    return loss_B if reduction == "none" else loss_B.sum()
+
+
+def hard_term(
+    logits_BC: Tensor,
+    targets_B: Tensor,
+    factor: float,
+    reduction: Reduction,
+    ignore_index: int,
+    label_smoothing: float,
+    targets2_B: Tensor | None,
+    lam: float | Tensor,
+    weights_B: Tensor | None,
+    *,
+    check_ids: bool = False,
+) -> HardTerm:
+    """factor * CE under a reduction, checked, as a weight for each row; the arguments are those of `hard_loss`."""
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError("label_smoothing is between 0 and 1", actual=label_smoothing)
+    dtype, device = compute_dtype(logits_BC.dtype), logits_BC.device
+    pair = [targets_B] if targets2_B is None else [targets_B, targets2_B]
+    for name, ids in zip(("targets_B", "targets2_B"), pair, strict=False):
+        check_rows(name, ids, logits_BC, integer=True)
+    lam_B = torch.as_tensor(lam, dtype=dtype, device=device).detach().expand(len(logits_BC))
+    share_BJ = torch.stack([lam_B, 1 - lam_B] if targets2_B is not None else [torch.ones_like(lam_B)], dim=1)
+    ids_BJ = torch.stack(pair, dim=1).long()
+    ignored = ids_BJ == ignore_index
+    if check_ids or device.type == "cpu":  # elsewhere it would wait for the device
+        wrong = ~ignored & ((ids_BJ < 0) | (ids_BJ >= logits_BC.shape[1]))
+        if bool(wrong.any()):
+            raise ConfigError(
+                f"targets are class ids from 0 to {logits_BC.shape[1] - 1}, or ignore_index ({ignore_index})",
+                actual=f"{ids_BJ[wrong][:8].tolist()} in rows {wrong.any(1).nonzero()[:8, 0].tolist()}",
+                fix="map the ids to the student's classes, or pass the ignore_index that marks images without labels",
+            )
+    share_BJ = share_BJ.masked_fill(ignored, 0.0)
+    return HardTerm(
+        targets_BJ=ids_BJ.masked_fill(ignored, 0),
+        share_BJ=share_BJ,
+        label_smoothing=label_smoothing,
+        weight_B=factor * row_weights(logits_BC, weights_B, reduction, share_BJ.sum(1)),
+    )
+
+
+def row_weights(logits_BC: Tensor, weights_B: Tensor | None, reduction: Reduction, share_B: Tensor | float) -> Tensor:
+    """What each row's loss is multiplied by before all are summed: w_i, in mean divided by sum_i w_i share_i."""
+    dtype = compute_dtype(logits_BC.dtype)
+    if weights_B is None:
+        weights = logits_BC.new_ones(len(logits_BC), dtype=dtype)
+    else:
+        check_rows("weights_B", weights_B, logits_BC)
+        weights = weights_B.detach().to(dtype)
+    if reduction != "mean":
+        return weights
+    total = (weights * share_B).sum()
+    return torch.where(total > 0, weights / total, 0.0)
+
+
+def check_logits(logits_BC: Tensor, reduction: str) -> None:
+    """Raises ConfigError unless these are [B, C] floating-point logits and a known reduction."""
+    if logits_BC.ndim != 2 or logits_BC.shape[1] < 1 or not logits_BC.is_floating_point():
+        raise ConfigError(
+            "student logits are [B, C], floating point, with at least one class",
+            actual=f"{tuple(logits_BC.shape)} {logits_BC.dtype}",
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError("reduction is mean, sum or none", actual=repr(reduction))
+
+
+def check_rows(name: str, values_B: Tensor, logits_BC: Tensor, *, integer: bool = False) -> None:
+    """Raises ConfigError unless `values_B` holds one value a row on the logits' device, of the kind asked for."""
+    kind = "integers" if integer else "real numbers"
+    fits = not (values_B.is_floating_point() or values_B.is_complex() or values_B.dtype == torch.bool)
+    if tuple(values_B.shape) != (len(logits_BC),) or (integer and not fits) or values_B.device != logits_BC.device:
+        raise ConfigError(
+            f"{name} holds {kind}, one for each of the {len(logits_BC)} rows of logits, on {logits_BC.device}",
+            actual=f"{tuple(values_B.shape)} {values_B.dtype} on {values_B.device}",
+        )
