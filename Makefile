@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint wheel setup clean
 
 demo: $(STAMP)
 	$(BIN)/python jobs/demo.py $(ARGS)
@@ -16,6 +16,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --wheel
 
 setup: $(STAMP)
 
