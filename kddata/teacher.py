@@ -80,7 +80,7 @@ class Teacher:
         self._device = torch.device(device)
         self._batch_size, self._threads = batch_size, threads
         self._layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        self._network = network.eval().requires_grad_(False).to(self._device, memory_format=self._layout)
+        self._network = network.eval().requires_grad_(False).to(self._device).to(memory_format=self._layout)
         self._mean_311, self._std_311 = (
             torch.tensor(values, device=self._device)[:, None, None] for values in (card.mean, card.std)
         )

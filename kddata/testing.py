@@ -35,6 +35,8 @@ class FakeNetwork(nn.Module):
     matrix turns the bucket sums into logits. No two classes have equal weights, and a flip changes the answer.
     """
 
+    weights: Tensor
+
     def __init__(self, num_classes: int, *, seed: int = 0) -> None:
         super().__init__()
         weights = np.frombuffer(rng.stream(seed, "fake teacher").bytes(_BUCKETS * num_classes), dtype=np.int8)
@@ -110,12 +112,11 @@ def make_images(
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    samples = []
+    samples: list[tuple[str, int | None, bytes]] = []
     for i in range(num_images):
-        label, random = i % num_classes, rng.stream(seed, "small size", i).random
-        height, width = (min_px + int(random() * (max_px - min_px + 1)) for _ in range(2))
-        pixels = small_image(label, height_px=height, width_px=width, seed=seed, index=i)
-        samples.append((f"image-{i:05d}", label if labelled else None, encode(pixels, encoding)))
+        height, width = (min_px + int(u * (max_px - min_px + 1)) for u in rng.stream(seed, "size", i).random(2))
+        pixels = small_image(i % num_classes, height_px=height, width_px=width, seed=seed, index=i)
+        samples.append((f"image-{i:05d}", i % num_classes if labelled else None, encode(pixels, encoding)))
     if form == "folder":
         for key, label, data in samples:
             folder = root if label is None else root / f"class-{label:03d}"
