@@ -30,23 +30,35 @@ def hard_loss(
     """Cross-entropy at temperature 1; F.cross_entropy with the mixup pair and row weights that it lacks.
 
         CE_i = lam_i CE(x_i, targets_i) + (1 - lam_i) CE(x_i, targets2_i),   an ignored target's part being 0
-        mean = sum_i w_i CE_i / sum_i w_i s_i,   s_i the share of row i that is not ignored (1, lam_i, 1 - lam_i or 0)
+        none = [w_i CE_i],  sum = sum_i w_i CE_i,  mean = sum / (rows of which not every target is ignored)
 
-    So mean is over rows whose target is not ignored, as in F.cross_entropy; where all are ignored it is 0, not NaN.
+    So mean is that of F.cross_entropy; weights stay out of its denominator, and where all are ignored it is 0, not NaN.
 
     Args:
         student_logits_BC: floating point; computed in float32 at least, float64 when given float64.
         targets_B: int64 class ids, or `ignore_index`.
-        reduction: mean, sum (of w_i CE_i) or none ([B]).
+        reduction: mean, sum or none ([B]).
         label_smoothing: as in F.cross_entropy.
         targets2_B, lam: the second target of a mixup pair; lam is the first one's share, a number or [B].
-        weights_B: of the rows, not negative; all 1 by default.
+        weights_B: of the rows; all 1 by default.
 
     Raises ConfigError for shapes, dtypes or devices that do not fit, and on CPU for target ids out of range.
     """
-    check_logits(student_logits_BC, reduction)
+    check_logits(student_logits_BC)
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError("reduction is one of mean, sum, none", actual=repr(reduction))
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError("label_smoothing is between 0 and 1", actual=label_smoothing)
     hard = hard_term(
-        student_logits_BC, targets_B, 1.0, reduction, ignore_index, label_smoothing, targets2_B, lam, weights_B
+        student_logits_BC,
+        targets_B,
+        factor=1.0,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        targets2_B=targets2_B,
+        lam=lam,
+        weights_B=weights_B,
     )
     loss_B, _ = row_losses(student_logits_BC, None, hard)
     return loss_B if reduction == "none" else loss_B.sum()
@@ -55,6 +67,7 @@ def hard_loss(
 def hard_term(
     logits_BC: Tensor,
     targets_B: Tensor,
+    *,
     factor: float,
     reduction: Reduction,
     ignore_index: int,
@@ -62,12 +75,9 @@ def hard_term(
     targets2_B: Tensor | None,
     lam: float | Tensor,
     weights_B: Tensor | None,
-    *,
     check_ids: bool = False,
 ) -> HardTerm:
     """factor * CE under a reduction, checked, as a weight for each row; the arguments are those of `hard_loss`."""
-    if not 0 <= label_smoothing <= 1:
-        raise ConfigError("label_smoothing is between 0 and 1", actual=label_smoothing)
     dtype, device = compute_dtype(logits_BC.dtype), logits_BC.device
     pair = [targets_B] if targets2_B is None else [targets_B, targets2_B]
     for name, ids in zip(("targets_B", "targets2_B"), pair, strict=False):
@@ -89,12 +99,12 @@ def hard_term(
         targets_BJ=ids_BJ.masked_fill(ignored, 0),
         share_BJ=share_BJ,
         label_smoothing=label_smoothing,
-        weight_B=factor * row_weights(logits_BC, weights_B, reduction, share_BJ.sum(1)),
+        weight_B=factor * row_weights(logits_BC, weights_B, reduction, (~ignored).any(1)),
     )
 
 
-def row_weights(logits_BC: Tensor, weights_B: Tensor | None, reduction: Reduction, share_B: Tensor | float) -> Tensor:
-    """What each row's loss is multiplied by before all are summed: w_i, in mean divided by sum_i w_i share_i."""
+def row_weights(logits_BC: Tensor, weights_B: Tensor | None, reduction: Reduction, counts_B: Tensor | None) -> Tensor:
+    """What each row's loss is multiplied by before all are summed: w_i, in mean over the number of rows that count."""
     dtype = compute_dtype(logits_BC.dtype)
     if weights_B is None:
         weights = logits_BC.new_ones(len(logits_BC), dtype=dtype)
@@ -103,19 +113,16 @@ def row_weights(logits_BC: Tensor, weights_B: Tensor | None, reduction: Reductio
         weights = weights_B.detach().to(dtype)
     if reduction != "mean":
         return weights
-    total = (weights * share_B).sum()
-    return torch.where(total > 0, weights / total, 0.0)
+    return weights / (max(1, len(logits_BC)) if counts_B is None else counts_B.sum().clamp_min(1))
 
 
-def check_logits(logits_BC: Tensor, reduction: str) -> None:
-    """Raises ConfigError unless these are [B, C] floating-point logits and a known reduction."""
+def check_logits(logits_BC: Tensor) -> None:
+    """Raises ConfigError unless these are [B, C] floating-point logits."""
     if logits_BC.ndim != 2 or logits_BC.shape[1] < 1 or not logits_BC.is_floating_point():
         raise ConfigError(
             "student logits are [B, C], floating point, with at least one class",
             actual=f"{tuple(logits_BC.shape)} {logits_BC.dtype}",
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ConfigError("reduction is mean, sum or none", actual=repr(reduction))
 
 
 def check_rows(name: str, values_B: Tensor, logits_BC: Tensor, *, integer: bool = False) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -55,10 +56,10 @@ def kd_loss(
     Where K = C the first four are the dense KL, `T^2 F.kl_div(log_softmax(x/T), softmax(teacher/T), "batchmean")`.
     Sources: Hinton et al., arXiv 1503.02531; Anshumann et al., arXiv 2503.16870 (sampled).
 
-    Reductions, with w = weights_B (all 1 by default): sum is `sum_i w_i (alpha T^2 KL_i + (1 - alpha) CE_i)`, none its
-    terms. In mean, each term has its own denominator: `sum_i w_i` for the soft term, and for the hard term that over
-    rows whose target is not ignored, as in F.cross_entropy (see `hard_loss`). An ignored target takes nothing from
-    the soft term. A mean over nothing is 0.
+    Reductions, with w = weights_B (all 1 by default): none is each row's `w_i (alpha T^2 KL_i + (1 - alpha) CE_i)`, sum
+    their sum. In mean each term has its own denominator: all rows for the soft term, the rows whose target is not
+    ignored for the hard term, as in F.cross_entropy; an ignored target takes nothing from the soft term, weights
+    enter no denominator, and a mean over nothing is 0.
 
     Args:
         student_logits_BC: float16, bfloat16, float32 or float64; computed in float32 at least, in float64 for float64.
@@ -67,7 +68,7 @@ def kd_loss(
         targets_B: integer class ids or `ignore_index`; needed where alpha < 1.
         alpha: share of the soft term, from 0 to 1.
         label_smoothing, targets2_B, lam: of the hard term, as in `hard_loss`.
-        weights_B: of the rows, not negative.
+        weights_B: factors of the rows' losses.
         backend: auto is triton on CUDA where it is installed, else torch. triton on CPU needs TRITON_INTERPRET=1.
         on_stats: called once with the RowStats of this batch.
         debug: check the contents of labels and targets too (class ids in range and distinct); waits for a GPU.
@@ -76,11 +77,7 @@ def kd_loss(
         ConfigError: shape, dtype or device that does not fit; alpha < 1 without targets; a backend that is not there.
         LabelError: an undeclared temperature; labels of other classes, rows or device; broken ones if `debug`.
     """
-    check_kd(temperature=temperature, tail=tail, alpha=alpha, backend=backend)
-    soft, hard = kd_terms(
-        student_logits_BC,
-        labels,
-        targets_B,
+    args = KDArgs(
         temperature=temperature,
         tail=tail,
         alpha=alpha,
@@ -90,81 +87,99 @@ def kd_loss(
         targets2_B=targets2_B,
         lam=lam,
         weights_B=weights_B,
-        all_terms=on_stats is not None,
+        backend=backend,
         debug=debug,
     )
+    check_batch(student_logits_BC, labels, targets_B, args)
+    soft, hard = kd_terms(student_logits_BC, labels, targets_B, args, all_terms=on_stats is not None)
     loss_B, stats = row_losses(student_logits_BC, soft, hard, stats=on_stats is not None)
     if on_stats is not None and stats is not None:
         on_stats(stats)
     return loss_B if reduction == "none" else loss_B.sum()
 
 
-def kd_terms(
-    logits_BC: Tensor,
-    labels: SoftLabels,
-    targets_B: Tensor | None,
-    *,
-    temperature: float,
-    tail: Tail,
-    alpha: float,
-    reduction: Reduction,
-    ignore_index: int,
-    label_smoothing: float,
-    targets2_B: Tensor | None,
-    lam: float | Tensor,
-    weights_B: Tensor | None,
-    all_terms: bool,
-    debug: bool,
-) -> tuple[SoftTerm | None, HardTerm | None]:
-    """The arguments of `kd_loss`, checked, as terms whose weighted sum over rows is the loss.
+@dataclass(frozen=True, kw_only=True)
+class KDArgs:
+    """The arguments of `kd_loss` and `kd_linear_loss`, checked for making sense alone and together."""
 
-    Of the logits only shape, dtype and device are used. A term that alpha makes 0 is left out unless `all_terms`.
+    temperature: float
+    tail: Tail = "bucket"
+    alpha: float = 1.0
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    targets2_B: Tensor | None = None
+    lam: float | Tensor = 1.0
+    weights_B: Tensor | None = None
+    backend: Backend = "auto"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("tail", self.tail, TAILS),
+            ("reduction", self.reduction, ("mean", "sum", "none")),
+            ("backend", self.backend, ("auto", "torch", "triton")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} is one of {', '.join(known)}", actual=repr(value))
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError("temperature is a positive number", actual=self.temperature)
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError("alpha is between 0 (hard term alone) and 1 (soft term alone)", actual=self.alpha)
+        if not 0 <= self.label_smoothing <= 1:
+            raise ConfigError("label_smoothing is between 0 and 1", actual=self.label_smoothing)
+        if self.tail == "sampled" and self.temperature != 1:
+            raise ConfigError(
+                "sampled labels are used at temperature 1: importance weights cannot be tempered afterwards",
+                actual=f"temperature {self.temperature:g}",
+            )
+
+
+def kd_terms(
+    logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None, args: KDArgs, *, all_terms: bool = False
+) -> tuple[SoftTerm | None, HardTerm | None]:
+    """The two terms, whose weighted sum over rows is the loss. Of the logits only shape, dtype and device are used.
+
+    A term that alpha makes 0 is left out, unless `all_terms` asks for it for the sake of statistics.
     """
-    check_logits(logits_BC, reduction)
-    _check_labels(logits_BC, labels, debug)
-    if alpha < 1 and targets_B is None:
-        raise ConfigError(
-            "alpha < 1 asks for a hard term, and that needs targets",
-            actual=f"alpha = {alpha:g} and no targets_B",
-            fix="pass the ground truth as targets_B, or set alpha to 1 (soft labels alone, for images without labels)",
-        )
     soft, hard = None, None
-    if alpha > 0 or all_terms:
-        weight_B = alpha * temperature**2 * row_weights(logits_BC, weights_B, reduction, 1.0)
+    if args.alpha > 0 or all_terms:
+        weight_B = args.alpha * args.temperature**2 * row_weights(logits_BC, args.weights_B, args.reduction, None)
         exact = dataclasses.replace(labels, log_p_BK=labels.log_p_BK.detach().to(weight_B.dtype))
-        log_p_BK, log_tail_B = exact.at(temperature)
+        log_p_BK, log_tail_B = exact.at(args.temperature)
         soft = SoftTerm(
             ids_BK=labels.ids_BK,
             log_p_BK=log_p_BK,
             log_tail_B=log_tail_B,
-            temperature=temperature,
-            tail=tail,
+            temperature=args.temperature,
+            tail=args.tail,
             weight_B=weight_B,
         )
-    if targets_B is not None and (alpha < 1 or all_terms):
-        mixup = (ignore_index, label_smoothing, targets2_B, lam, weights_B)
-        hard = hard_term(logits_BC, targets_B, 1 - alpha, reduction, *mixup, check_ids=debug)
+    if targets_B is not None and (args.alpha < 1 or all_terms):
+        hard = hard_term(
+            logits_BC,
+            targets_B,
+            factor=1 - args.alpha,
+            reduction=args.reduction,
+            ignore_index=args.ignore_index,
+            label_smoothing=args.label_smoothing,
+            targets2_B=args.targets2_B,
+            lam=args.lam,
+            weights_B=args.weights_B,
+            check_ids=args.debug,
+        )
     return soft, hard
 
 
-def check_kd(*, temperature: float, tail: str, alpha: float, backend: str) -> None:
-    """Raises ConfigError unless these arguments of `kd_loss` make sense, alone and together."""
-    if backend not in ("auto", "torch", "triton"):
-        raise ConfigError("backend is auto, torch or triton", actual=repr(backend))
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError("temperature is a positive number", actual=temperature)
-    if tail not in TAILS:
-        raise ConfigError(f"tail is one of {', '.join(TAILS)}", actual=repr(tail))
-    if not 0 <= alpha <= 1:
-        raise ConfigError("alpha is between 0 (hard term alone) and 1 (soft term alone)", actual=alpha)
-    if tail == "sampled" and temperature != 1:
+def check_batch(logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None, args: KDArgs) -> None:
+    """Raises ConfigError or LabelError unless logits, labels and targets fit each other and what `args` ask for."""
+    check_logits(logits_BC)
+    if args.alpha < 1 and targets_B is None:
         raise ConfigError(
-            "sampled labels are used at temperature 1: importance weights cannot be tempered afterwards",
-            actual=f"temperature {temperature:g}",
+            "alpha < 1 asks for a hard term, and that needs targets",
+            actual=f"alpha = {args.alpha:g} and no targets_B",
+            fix="pass the ground truth as targets_B, or set alpha to 1 (soft labels alone, for images without labels)",
         )
-
-
-def _check_labels(logits_BC: Tensor, labels: SoftLabels, debug: bool) -> None:
     if (len(labels), labels.num_classes) != tuple(logits_BC.shape):
         raise LabelError(
             "soft labels have the rows and classes of the student's logits",
@@ -182,5 +197,5 @@ def _check_labels(logits_BC: Tensor, labels: SoftLabels, debug: bool) -> None:
             actual=", ".join(sorted(map(str, devices))),
             fix="labels.to(student_logits_BC.device)",
         )
-    if debug:
+    if args.debug:
         labels.validate()

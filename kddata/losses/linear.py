@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kddata.errors import ConfigError
 from kddata.labels import SoftLabels
-from kddata.losses.kd import Backend, check_kd, kd_terms
+from kddata.losses.kd import Backend, KDArgs, check_batch, kd_terms
 from kddata.losses.rows import HardTerm, SoftTerm, Tail, chunks, compute_dtype, loss_and_grad, take
 
 CHUNK_ROWS = 512
@@ -49,9 +49,21 @@ def kd_linear_loss(
     Raises ConfigError also for features and a classifier that do not fit each other, and for reduction "none": the
     gradient of the weight is summed over rows before any per-row factor could be known.
     """
-    check_kd(temperature=temperature, tail=tail, alpha=alpha, backend=backend)
-    if reduction not in ("mean", "sum"):
-        raise ConfigError("reduction of kd_linear_loss is mean or sum", actual=repr(reduction))
+    args = KDArgs(
+        temperature=temperature,
+        tail=tail,
+        alpha=alpha,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        targets2_B=targets2_B,
+        lam=lam,
+        weights_B=weights_B,
+        backend=backend,
+        debug=debug,
+    )
+    if reduction == "none":
+        raise ConfigError("reduction of kd_linear_loss is mean or sum", actual="'none'")
     parts = [features_BD, weight_CD] + ([] if bias_C is None else [bias_C])
     kind = features_BD.device.type
     if torch.is_autocast_enabled(kind):
@@ -63,22 +75,9 @@ def kd_linear_loss(
             "features [B, D], weight [C, D] and bias [C] share D, C, dtype and device",
             actual=", ".join(f"{tuple(part.shape)} {part.dtype} on {part.device}" for part in parts),
         )
-    soft, hard = kd_terms(
-        parts[0].detach()[:, :1].expand(-1, weight_CD.shape[0]),  # shape, dtype and device of the logits, no memory
-        labels,
-        targets_B,
-        temperature=temperature,
-        tail=tail,
-        alpha=alpha,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        targets2_B=targets2_B,
-        lam=lam,
-        weights_B=weights_B,
-        all_terms=False,
-        debug=debug,
-    )
+    logits_BC = parts[0].detach()[:, :1].expand(-1, len(weight_CD))  # their shape, dtype and device, without memory
+    check_batch(logits_BC, labels, targets_B, args)
+    soft, hard = kd_terms(logits_BC, labels, targets_B, args)
     return _LinearLoss.apply(parts[0], parts[1], parts[2] if len(parts) > 2 else None, soft, hard)  # type: ignore[no-untyped-call]
 
 

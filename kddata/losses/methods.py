@@ -18,7 +18,7 @@ from torch import Tensor
 from kddata.errors import ConfigError
 from kddata.labels import SoftLabels
 from kddata.losses.hard import Reduction, hard_loss
-from kddata.losses.kd import Backend, check_kd, kd_loss
+from kddata.losses.kd import Backend, KDArgs, kd_loss
 from kddata.losses.rows import Tail
 
 
@@ -132,10 +132,16 @@ def _kd(
     label_smoothing: float = 0.0,
     backend: Backend = "auto",
 ) -> Method:
-    args = {"temperature": temperature, "alpha": alpha, "tail": tail, "backend": backend}
-    check_kd(**args)
+    args: dict[str, Any] = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "tail": tail,
+        "label_smoothing": label_smoothing,
+        "backend": backend,
+    }
+    KDArgs(**args)  # checks them, before any image is read
     needs = Needs(temperature=temperature, targets=alpha < 1, sampled=tail == "sampled")
-    return Method(name="kd", needs=needs, loss=partial(kd_loss, **args, label_smoothing=label_smoothing))
+    return Method(name="kd", needs=needs, loss=partial(kd_loss, **args))
 
 
 def _hard(*, label_smoothing: float = 0.0) -> Method:
@@ -154,5 +160,5 @@ _METHODS: dict[str, Callable[..., Method]] = {"kd": _kd, "hard": _hard}
 def _unknown(what: str, name: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=1)
     return ConfigError(
-        f"{what} is one of {', '.join(known)}", actual=repr(name), fix=f"did you mean {near[0]}?" if near else None
+        f"{what} is one of {', '.join(known)}", actual=repr(name), fix=f"perhaps {near[0]} was meant" if near else None
     )
