@@ -1,0 +1,22 @@
+"""Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
+
+from kddata.training.job import DataArgs, EvaluationArgs, OptimizerArgs, StudentArgs, TrainingJob
+from kddata.training.loop import Progress, TrainingResult, train
+from kddata.training.predict import Predictions, normaliser, predict
+from kddata.training.steps import Step, training_steps
+
+__all__ = [
+    "DataArgs",
+    "EvaluationArgs",
+    "OptimizerArgs",
+    "Predictions",
+    "Progress",
+    "Step",
+    "StudentArgs",
+    "TrainingJob",
+    "TrainingResult",
+    "normaliser",
+    "predict",
+    "train",
+    "training_steps",
+]

@@ -1,0 +1,114 @@
+"""TrainingJob: what is trained, on what and how, as plain values. The config layer builds it from a job file.
+
+Nothing here knows a loop. Trade-off: a job names things (an architecture, a loss, URLs) and checks names late, where
+they are built, so that this module imports none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kddata.errors import ConfigError
+from kddata.teacher import TeacherArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentArgs:
+    """Who learns: see `teacher.build_network`. Without weights it starts from random ones, drawn by `data.seed`."""
+
+    arch: str
+    num_classes: int
+    weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """What it learns from: rows of a step over all ranks, the side of its input in pixels, the seed of the order."""
+
+    batch_size: int
+    size_px: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArgs:
+    """How it learns.
+
+    Attributes:
+        name: SGD with momentum, or AdamW with `momentum` as its beta 1.
+        lr: the largest learning rate.
+        schedule: after a linear rise over `warmup_epochs`, falling as half a cosine to 0, or constant.
+        epochs: passes over all views of the store.
+    """
+
+    lr: float
+    epochs: int
+    name: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("cosine", "constant"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"optimizer.{name} is one of {', '.join(allowed)}", actual=repr(getattr(self, name)))
+        if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
+            raise ConfigError(
+                "optimizer.epochs is at least 1, and warm-up lies within them",
+                actual=f"{self.epochs} epochs, warmup_epochs {self.warmup_epochs}",
+            )
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from the first step of epoch 0."""
+        warmup, total = round(self.warmup_epochs * steps_per_epoch), self.epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArgs:
+    """What the student is judged on: a source with labels, every so many epochs and after the last."""
+
+    images: str | tuple[str, ...]
+    every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 1:
+            raise ConfigError("evaluate.every_epochs is at least 1", actual=self.every_epochs)
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether the student is judged after an epoch, counted from 0."""
+        return epoch == epochs - 1 or (epoch + 1) % self.every_epochs == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One student from one store.
+
+    Attributes:
+        store: URL of a committed store.
+        run: URL of the folder of this run, for checkpoints and its result.
+        method: {"name": of a loss, and its arguments}.
+        images: where the images lie now, if they moved since they were labelled.
+        teacher: a teacher in the loop: it labels the same views anew, in place of the stored labels. It must be the
+            store's own.
+        checkpoint_steps: a checkpoint every so many steps, beside the one after each epoch.
+    """
+
+    store: str
+    run: str
+    student: StudentArgs
+    method: Mapping[str, Any]
+    data: DataArgs
+    optimizer: OptimizerArgs
+    images: str | tuple[str, ...] | None = None
+    evaluate: EvaluationArgs | None = None
+    teacher: TeacherArgs | None = None
+    checkpoint_steps: int | None = None

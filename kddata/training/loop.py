@@ -1,0 +1,266 @@
+"""The training loop: a student from the labels of a store, from the last checkpoint to the result. No Ray here.
+
+A run is a pure function of its job and its store: rows come in the store's order, the learning rate and the random
+numbers of a step are functions of its number, so that a run that was stopped goes on as if it had not been.
+
+Trade-off: evaluation happens on rank 0 while the others wait for it in the next step's gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kddata import __version__, losses
+from kddata.cards import differences
+from kddata.errors import StoreMismatchError, TeacherError
+from kddata.images import open_source
+from kddata.labels import SoftLabels
+from kddata.replay import Batch, Replay, evaluation_loader, step_loader
+from kddata.store import LabelStore
+from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
+from kddata.training.checks import check_job, content_sha256, identity, require_same_start
+from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
+from kddata.training.predict import normaliser, predict
+from kddata.training.run import Run
+from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
+
+_LOOK_STEPS = 16
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps taken, of `num_steps`.
+        epoch: in which the last of them lies, from 0.
+        loss: of that step, the mean over its rows.
+        lr: its learning rate.
+        images_per_s: over all ranks, since the report before.
+        data_wait: share of that time in which this rank waited for its batch.
+        epoch_record: what `TrainingResult.epochs` holds of an epoch that has just ended.
+    """
+
+    step: int
+    num_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    images_per_s: float
+    data_wait: float
+    epoch_record: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run leaves in its folder, beside model.safetensors.
+
+    Attributes:
+        card: who learned what from whom, and the last epoch's record (card.json).
+        loss_S: of each step, the mean over its rows (metrics.json, as the next).
+        epochs: a record of each: epoch, loss, lr, seconds since it began or was resumed, images_per_s, data_wait, and
+            what evaluation found, which is on rank 0 alone.
+    """
+
+    card: dict[str, Any]
+    loss_S: list[float]
+    epochs: list[dict[str, Any]]
+
+
+def train(
+    job: TrainingJob,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    threads: int = 1,
+    num_workers: int = 0,
+    wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> TrainingResult:
+    """The result of a run: trained from its last checkpoint on, or read back if it had finished.
+
+    Every rank calls this with one job. With world_size > 1 the default process group is up, `wrap` makes a network
+    average its gradients over it (DistributedDataParallel), and `job.run` is a folder that all ranks see. `report` is
+    called by every rank at the same steps. Sets torch's thread count, and seeds torch's global random numbers.
+
+    Raises before the first step: StoreMissingError for a store that is not committed, ConfigError or
+    StoreMismatchError for a student, method, teacher or batch size that does not fit it, ConfigError for a run of this
+    name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step.
+    """
+    torch.set_num_threads(threads)
+    store = LabelStore.open(job.store)
+    method = losses.make(**job.method)
+    check_job(job, store, method, world_size)
+    run = Run(job.run)
+    run.begin(identity(job, store))
+    finished = run.result()
+    if finished is not None:
+        _log.info("%s has finished already; nothing is done", job.run)
+        card, metrics = finished
+        return TrainingResult(card=card, **metrics)
+
+    pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
+    teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, device)
+    student = _student(job, pixels_of, device)
+    optimizer = _optimizer(job.optimizer, student)
+    loss_S: list[float] = []
+    epochs: list[dict[str, Any]] = []
+    checkpoint = run.load_checkpoint()
+    if checkpoint is not None:
+        student.load_state_dict(checkpoint["student"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        loss_S, epochs = checkpoint["loss_S"].tolist(), json.loads(checkpoint["epochs"])
+    require_same_start(len(loss_S), world_size, device, where=job.run)
+
+    replay = Replay(
+        store,
+        images=job.images,
+        batch_size=job.data.batch_size,
+        size_px=job.data.size_px,
+        seed=job.data.seed,
+        rank=rank,
+        world_size=world_size,
+        teacher_px=None if teach is None else store.spec.teacher.size_px,
+    )
+    per_epoch = replay.steps_per_epoch
+    num_steps = job.optimizer.epochs * per_epoch
+    steps = training_steps(
+        wrap(student),
+        step_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=device != "cpu"),
+        optimizer,
+        method,
+        first_step=len(loss_S),
+        learning_rate=lambda step: job.optimizer.learning_rate(step, per_epoch),
+        pixels_of=pixels_of,
+        teach=teach,
+        seed=job.data.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    unseen: list[Step] = []  # since the last look at the losses
+    of_look, of_epoch = Meter(), Meter()
+    for step in steps:
+        unseen.append(step)
+        of_look.add(step)
+        of_epoch.add(step)
+        taken = step.number + 1
+        epoch_ends = taken % per_epoch == 0
+        save = epoch_ends or (job.checkpoint_steps is not None and taken % job.checkpoint_steps == 0)
+        if not (save or len(unseen) == _LOOK_STEPS):
+            continue
+        loss_S += mean_losses(unseen, world_size)
+        record: dict[str, Any] | None = None
+        if epoch_ends:
+            record = {
+                "epoch": len(epochs),
+                "loss": sum(loss_S[-per_epoch:]) / per_epoch,
+                "lr": step.lr,
+                "images_per_s": of_epoch.images_per_s,
+                "data_wait": of_epoch.data_wait,
+                "seconds": of_epoch.seconds,
+            }
+            if rank == 0 and job.evaluate is not None and job.evaluate.is_due(len(epochs), job.optimizer.epochs):
+                record |= _evaluate(job.evaluate, student, pixels_of, job.data.size_px, store)
+            epochs.append(record)
+            of_epoch = Meter()
+        if save:
+            require_finite(student, step)
+        if save and rank == 0:
+            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+            history = {"loss_S": torch.tensor(loss_S, dtype=torch.float64), "epochs": json.dumps(epochs)}
+            run.save_checkpoint(taken, state | history)
+        report(
+            Progress(
+                step=taken,
+                num_steps=num_steps,
+                epoch=step.number // per_epoch,
+                loss=loss_S[-1],
+                lr=step.lr,
+                images_per_s=of_look.images_per_s,
+                data_wait=of_look.data_wait,
+                epoch_record=record,
+            )
+        )
+        unseen, of_look = [], Meter()
+
+    result = TrainingResult(card=_card(job, store, student, epochs[-1]), loss_S=loss_S, epochs=epochs)
+    if rank == 0:
+        run.finish(student.state_dict(), card=result.card, metrics={"loss_S": loss_S, "epochs": epochs})
+    return result
+
+
+def _student(job: TrainingJob, pixels_of: Callable[[Tensor], Tensor], device: str) -> nn.Module:
+    """The student on its device. Raises TeacherError unless it answers with one logit a class."""
+    args, size_px = job.student, job.data.size_px
+    student = build_network(args.arch, num_classes=args.num_classes, weights=args.weights, seed=job.data.seed)
+    student = student.to(device).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        logits = student(pixels_of(torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8)))
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, args.num_classes):
+        raise TeacherError(
+            f"a student answers a view with {args.num_classes} logits",
+            actual=tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__,
+            where=args.arch,
+            fix="set student.num_classes to the width of the network's output",
+        )
+    return student
+
+
+def _teacher_in_the_loop(args: TeacherArgs, store: LabelStore, device: str) -> Callable[[Batch], SoftLabels]:
+    """Labels a batch anew, as the store was labelled. Raises StoreMismatchError for another teacher than its own."""
+    spec = store.spec
+    teacher = load_teacher(
+        args, device=device, batch_size=spec.batch_size, threads=spec.threads, memory_format=spec.memory_format
+    )
+    found = differences(dataclasses.asdict(spec.teacher), dataclasses.asdict(teacher.card))
+    if found:
+        raise StoreMismatchError(
+            "a teacher in the loop is the store's own",
+            actual="; ".join(f"{key}: stored {mine!r}, asked {theirs!r}" for key, mine, theirs in found),
+            where=store.url,
+        )
+
+    def teach(batch: Batch) -> SoftLabels:
+        assert batch.teacher_pixels_u8 is not None
+        return SoftLabels.from_logits(teacher(batch.teacher_pixels_u8), k=spec.k, temperatures=spec.temperatures)
+
+    return teach
+
+
+def _optimizer(args: OptimizerArgs, network: nn.Module) -> Optimizer:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if args.name == "adamw":
+        betas = (args.momentum, 0.999)
+        return torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def _evaluate(
+    args: EvaluationArgs, student: nn.Module, pixels_of: Callable[[Tensor], Tensor], size_px: int, store: LabelStore
+) -> dict[str, float]:
+    batches = evaluation_loader(open_source(args.images), size_px=size_px, interpolation=store.spec.plan.interpolation)
+    return predict(student, batches, pixels_of).score().summary()
+
+
+def _card(job: TrainingJob, store: LabelStore, student: nn.Module, last: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dataclasses.asdict(job)
+    return {
+        **{name: fields[name] for name in ("student", "method", "data", "optimizer", "evaluate")},
+        "weights_sha256": weights_sha256(student),
+        "teacher_in_the_loop": job.teacher is not None,
+        "store": {"content_sha256": content_sha256(store), "fingerprint": store.spec.fingerprint},
+        "teacher": store.spec.to_json()["teacher"],
+        "metrics": dict(last),
+        "versions": {"kddata": __version__, "torch": torch.__version__},
+    }

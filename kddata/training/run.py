@@ -1,0 +1,85 @@
+"""Runs: the folder of one training run, and what may lie in it.
+
+    job.json              what is trained, written first; a run of this name with another job is refused
+    checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished
+    model.safetensors     the student's weights, alone
+    metrics.json          the loss of every step, and a record of every epoch
+    card.json             who learned what from whom, and how well; written last, so a run that has it has finished
+
+Files are published whole by `store.storage`, so that a torn one is never loaded. Trade-off: one checkpoint is kept,
+the newest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import IO, Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from kddata.cards import canonical_json, differences
+from kddata.errors import ConfigError
+from kddata.store.storage import open_storage
+
+
+class Run:
+    """The folder of a run, at a path or URL. Nothing is read or made before the first call."""
+
+    def __init__(self, url: str) -> None:
+        self._files = open_storage(url)
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Claims the folder for a job, or joins an equal one. Raises ConfigError naming the fields that differ."""
+        if self._files.create("job.json", canonical_json(job).encode()):
+            return
+        found = differences(json.loads(self._files.read("job.json")), json.loads(canonical_json(job)))
+        if found:
+            raise ConfigError(
+                "a run keeps the job that it was begun with",
+                actual="; ".join(f"{key}: begun with {old!r}, now {new!r}" for key, old, new in found),
+                where=self._files.url,
+                fix="name another run, or go back to these values (nothing was changed)",
+            )
+
+    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+        """Publishes the state after so many steps, then removes older checkpoints."""
+        name = f"checkpoints/{step:09d}.pt"
+        with self._files.replacing(name) as file:
+            torch.save(state, cast(IO[bytes], file))
+        for old in self._checkpoints():
+            if old < name:
+                self._files.remove(old)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest state, on the CPU, or None where there is none. No code is loaded (weights_only)."""
+        names = self._checkpoints()
+        if not names:
+            return None
+        return torch.load(io.BytesIO(self._files.read(names[-1])), map_location="cpu", weights_only=True)
+
+    def finish(self, weights: Mapping[str, Tensor], *, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Publishes the result, the card last, and removes the checkpoints."""
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+        for name, data in (
+            ("model.safetensors", save(tensors)),
+            ("metrics.json", json.dumps(metrics).encode()),
+            ("card.json", json.dumps(card, indent=2).encode()),
+        ):
+            with self._files.replacing(name) as file:
+                file.write(data)
+        self._files.remove_folder("checkpoints")
+
+    def result(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(card, metrics) of a finished run, else None."""
+        try:
+            card = json.loads(self._files.read("card.json"))
+        except FileNotFoundError:
+            return None
+        return card, json.loads(self._files.read("metrics.json"))
+
+    def _checkpoints(self) -> list[str]:
+        return [name for name in self._files.sizes("checkpoints") if name.endswith(".pt")]

@@ -1,0 +1,148 @@
+"""Steps: one optimizer step for each batch, and what was seen on the way. No files, no evaluation, no processes.
+
+What is random inside a student (dropout) is seeded by step and rank, so that a checkpoint holds no hidden state.
+Losses are weighted by rows: the mean over ranks of their gradients is the gradient of the mean over the step's rows,
+however unevenly the rows are shared.
+
+Trade-off: losses are looked at every few steps, so that the device is not waited for at each one. A NaN is found that
+much later, but before anything is saved.
+
+Shapes: B rows of this rank's share of a step, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kddata import rng
+from kddata.errors import TeacherError
+from kddata.labels import SoftLabels
+from kddata.losses import Method
+from kddata.replay import Batch
+
+_CALM = "lower optimizer.lr or lengthen optimizer.warmup_epochs, in a run of another name"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step that was taken. `loss` is this rank's part of the mean over the step's rows, still on the device."""
+
+    number: int
+    loss: Tensor
+    lr: float
+    rows: int
+    image_ids: list[str]
+    wait_s: float
+    seconds: float
+
+
+def training_steps(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
+    method: Method,
+    *,
+    first_step: int,
+    learning_rate: Callable[[int], float],
+    pixels_of: Callable[[Tensor], Tensor],
+    teach: Callable[[Batch], SoftLabels] | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Step]:
+    """Takes one optimizer step for each batch, and yields after it.
+
+    Args:
+        learning_rate: of a step.
+        pixels_of: uint8 views -> the network's input, on its device.
+        teach: labels of a batch, in place of the stored ones.
+    """
+    begin = time.perf_counter()
+    for number, batch in enumerate(batches, first_step):
+        wait_s = time.perf_counter() - begin
+        torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "step", number, rank)[:8], "little"))
+        lr = learning_rate(number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        network.train()  # evaluation may have come between
+        logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
+        labels = (batch.labels if teach is None else teach(batch)).to(logits_BC.device, non_blocking=True)
+        targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
+        loss_B = method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1)
+        loss = loss_B.sum() / batch.step_rows
+        optimizer.zero_grad()
+        (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
+        optimizer.step()
+        end = time.perf_counter()
+        yield Step(
+            number=number,
+            loss=loss.detach(),
+            lr=lr,
+            rows=batch.step_rows,
+            image_ids=batch.image_ids,
+            wait_s=wait_s,
+            seconds=end - begin,
+        )
+        begin = time.perf_counter()
+
+
+def mean_losses(steps: list[Step], world_size: int) -> list[float]:
+    """The mean loss over all rows of each step. Raises TeacherError, on every rank, where one is not finite."""
+    own = torch.stack([step.loss.double() for step in steps])
+    total = own.clone()
+    if world_size > 1:
+        torch.distributed.all_reduce(total)
+    if bool(torch.isfinite(total).all()):
+        return total.tolist()
+    first = int((~torch.isfinite(total)).nonzero()[0])
+    here = not math.isfinite(own[first].item())
+    raise TeacherError(
+        "the loss is finite",
+        actual=f"{total[first].item()} at step {steps[first].number}, learning rate {steps[first].lr:g}",
+        where=f"images {', '.join(steps[first].image_ids)}" if here else "images of another worker, which names them",
+        fix=_CALM,
+    )
+
+
+def require_finite(network: nn.Module, step: Step) -> None:
+    """Raises TeacherError where a weight is not finite after a step: a finite loss may have had another gradient."""
+    for name, weight in network.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise TeacherError(
+                "weights are finite",
+                actual=f"otherwise in {name} after step {step.number}, learning rate {step.lr:g}",
+                where=f"images {', '.join(step.image_ids)}",
+                fix=_CALM,
+            )
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """How fast steps were taken: rows over all ranks, and this rank's seconds, waiting for batches among them."""
+
+    rows: int = 0
+    wait_s: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, step: Step) -> None:
+        """Counts a step in."""
+        self.rows += step.rows
+        self.wait_s += step.wait_s
+        self.seconds += step.seconds
+
+    @property
+    def images_per_s(self) -> float:
+        """Rows a second over all ranks."""
+        return self.rows / self.seconds
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time in which this rank waited for its batch."""
+        return self.wait_s / self.seconds
