@@ -1,0 +1,291 @@
+"""The records of a store: its header, units, receipts and manifest, as values and as sealed JSON.
+
+A sealed file holds the SHA-256 of itself, so that one flipped byte anywhere in it is noticed without another file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kddata.cards import FORMAT_VERSION, StoreSpec, canonical_json, differences
+from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingError, StoreVersionError
+from kddata.store.storage import Storage
+
+HEADER = "store.json"
+IMAGES = "images.json"
+MANIFEST = "manifest-000001.json"
+_LIBRARIES = ("kddata", "numpy", "pillow", "pyarrow", "torch", "torchvision")
+_SEAL = '"seal": "{}"'
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """What one label shard covers: images `start` to `stop` of an image shard, views `view_start` to `view_stop`.
+
+    `piece` numbers the stretches of images of its image shard.
+    """
+
+    number: int
+    shard: int
+    piece: int
+    start: int
+    stop: int
+    view_start: int
+    view_stop: int
+
+    @property
+    def num_views(self) -> int:
+        return self.view_stop - self.view_start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexedShard:
+    """One image shard as the store knows it, and the hash of its index.
+
+    `name` is relative to the store's image location; `size_bytes` is None where it is not known.
+    """
+
+    name: str
+    size_bytes: int | None
+    num_images: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """What is known of one finished unit.
+
+    Attributes:
+        unit: its number.
+        fingerprint: of the spec it was labelled by.
+        rows, bytes, sha256: of its label shard.
+        images: how many images it holds; `bad` lists the others as (image id, reason).
+        correct: rows whose most probable class is the ground truth, of the `labelled` ones that have one.
+        entropy_sum: over rows, of the entropy in nats at temperature 1 of the kept classes and the tail as one more.
+        tail_sum: over rows, of the tail mass at temperature 1.
+    """
+
+    unit: int
+    fingerprint: str
+    rows: int
+    bytes: int
+    sha256: str
+    images: int
+    bad: tuple[tuple[str, str], ...]
+    correct: int
+    labelled: int
+    entropy_sum: float
+    tail_sum: float
+
+
+def index_name(shard: int) -> str:
+    return f"index/{shard:05d}.arrow"
+
+
+def labels_name(unit: int) -> str:
+    return f"labels/{unit:06d}.arrow"
+
+
+def receipt_name(unit: int) -> str:
+    return f"receipts/{unit:06d}.json"
+
+
+def plan_units(
+    num_images: Sequence[int], *, views_per_image: int, unit_images: int, unit_views: int | None
+) -> list[Unit]:
+    """All units: for each image shard, for each piece of it, for each range of views."""
+    units: list[Unit] = []
+    step = unit_views or views_per_image
+    for shard, count in enumerate(num_images):
+        for piece, start in enumerate(range(0, count, unit_images)):
+            for view_start in range(0, views_per_image, step):
+                units.append(
+                    Unit(
+                        number=len(units),
+                        shard=shard,
+                        piece=piece,
+                        start=start,
+                        stop=min(start + unit_images, count),
+                        view_start=view_start,
+                        view_stop=min(view_start + step, views_per_image),
+                    )
+                )
+    return units
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """JSON with sorted keys, one a line, and lists with one element a line; `seal` is the SHA-256 of all else."""
+    lines = [f"{json.dumps(key)}: {_layout(item)}" for key, item in sorted(value.items())]
+    text = "{\n" + ",\n".join([*lines, _SEAL.format("")]) + "\n}\n"
+    return text.replace(_SEAL.format(""), _SEAL.format(hashlib.sha256(text.encode()).hexdigest())).encode()
+
+
+def unseal(data: bytes, *, where: str) -> dict[str, Any]:
+    """The value that was sealed.
+
+    Raises StoreVersionError for a newer format version, and StoreDamagedError for bytes that are not the sealed ones.
+    """
+    try:
+        value = json.loads(data)
+        digest = str(value.pop("seal"))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StoreDamagedError("a record of a store is sealed JSON", actual=repr(error), where=where) from error
+    version = value.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StoreVersionError(
+            f"this library reads store format versions up to {FORMAT_VERSION}",
+            actual=f"version {version}",
+            where=where,
+            fix="upgrade kddata",
+        )
+    unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
+    if hashlib.sha256(unsealed).hexdigest() != digest:
+        raise StoreDamagedError("a record of a store has the bytes that were written", where=where)
+    return value
+
+
+def header(spec: StoreSpec, *, location: str | tuple[str, ...], kind: str, views_per_image: int) -> dict[str, Any]:
+    """The content of store.json."""
+    return {
+        "fingerprint": spec.fingerprint,
+        "format_version": spec.format_version,
+        "images": {"kind": kind, "location": location if isinstance(location, str) else list(location)},
+        "libraries": libraries(),
+        "spec": spec.to_json(),
+        "views_per_image": views_per_image,
+    }
+
+
+def require_same(stored: dict[str, Any], wanted: dict[str, Any], *, where: str) -> None:
+    """Raises StoreMismatchError naming every field in which two headers differ; library versions may."""
+
+    def flat(value: dict[str, Any]) -> dict[str, Any]:
+        return {**value["spec"], "images": value["images"], "views_per_image": value["views_per_image"]}
+
+    found = differences(flat(stored), flat(wanted))
+    if found:
+        raise StoreMismatchError(
+            "a store keeps what it was begun with",
+            actual="; ".join(f"{key}: stored {mine!r}, asked {theirs!r}" for key, mine, theirs in found),
+            where=where,
+            fix="name another store, or go back to the stored values (nothing was changed)",
+        )
+
+
+def receipt_bytes(receipt: Receipt) -> bytes:
+    return seal(dataclasses.asdict(receipt))
+
+
+def parse_receipt(data: bytes, *, unit: int, fingerprint: str, where: str) -> Receipt:
+    """A receipt, which must be of this unit and this spec."""
+    value = unseal(data, where=where)
+    value["bad"] = tuple((str(image_id), str(reason)) for image_id, reason in value["bad"])
+    receipt = Receipt(**value)
+    if (receipt.unit, receipt.fingerprint) != (unit, fingerprint):
+        raise StoreMismatchError(
+            f"a receipt is of its unit, {unit}, and its store's spec",
+            actual=f"unit {receipt.unit} of spec {receipt.fingerprint}",
+            where=where,
+        )
+    return receipt
+
+
+def manifest(
+    head: dict[str, Any],
+    shards: Sequence[IndexedShard],
+    units: Sequence[Unit],
+    receipts: dict[int, Receipt],
+    *,
+    files: dict[str, str],
+) -> dict[str, Any]:
+    """The content of a manifest, generation 1. `files` are the SHA-256s of the records that it folds in."""
+    done = [receipts[unit.number] for unit in units]
+    bad = dict(pair for receipt in done for pair in reversed(receipt.bad))
+    entries = [
+        {
+            **{"file": labels_name(unit.number), "rows": receipt.rows, "bytes": receipt.bytes},
+            **{"sha256": receipt.sha256, "images": receipt.images},
+            **dataclasses.asdict(unit),
+        }
+        for unit, receipt in zip(units, done, strict=True)
+    ]
+    totals = {
+        "bad_images": len(bad),
+        "bytes": sum(receipt.bytes for receipt in done),
+        "correct": sum(receipt.correct for receipt in done),
+        "entropy_sum": sum(receipt.entropy_sum for receipt in done),
+        "images": sum(shard.num_images for shard in shards) - len(bad),
+        "labelled": sum(receipt.labelled for receipt in done),
+        "rows": sum(receipt.rows for receipt in done),
+        "tail_sum": sum(receipt.tail_sum for receipt in done),
+        "units": len(units),
+    }
+    return {
+        **head,
+        "bad": sorted(bad.items()),
+        "files": files,
+        "generation": 1,
+        "image_shards": [dataclasses.asdict(shard) for shard in shards],
+        "totals": totals,
+        "units": entries,
+    }
+
+
+def find(storage: Storage) -> dict[str, Any] | None:
+    """The content of the manifest; None where there is none."""
+    data = read_or_none(storage, MANIFEST)
+    return None if data is None else unseal(data, where=f"{storage.url}/{MANIFEST}")
+
+
+def load(storage: Storage) -> dict[str, Any]:
+    """The content of the manifest. Raises StoreMissingError, saying whether there is an unfinished store."""
+    committed = find(storage)
+    if committed is not None:
+        return committed
+    if read_or_none(storage, HEADER) is None:
+        raise StoreMissingError(f"a label store is a folder with a {MANIFEST}", where=storage.url, fix="check the path")
+    raise StoreMissingError(
+        "a store is read when its labelling has finished",
+        actual=f"{len(storage.sizes('receipts'))} finished units and no manifest",
+        where=storage.url,
+        fix="run the same label command again; finished units are kept",
+    )
+
+
+def read_or_none(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read(name)
+    except FileNotFoundError:
+        return None
+
+
+@functools.cache
+def libraries() -> dict[str, str]:
+    """Public versions of the libraries that pixels, labels and bytes depend on."""
+    return {name: importlib.metadata.version(name).split("+")[0] for name in _LIBRARIES}
+
+
+def warn_of_libraries(stored: dict[str, str], *, where: str) -> None:
+    """Logs a warning where this process has other library versions than the store was made with."""
+    found = differences(stored, libraries())
+    if found:
+        _log.warning(
+            "%s was made with other library versions, so views may not replay to the very pixels: %s",
+            where,
+            "; ".join(f"{name} {mine} then, {theirs} now" for name, mine, theirs in found),
+        )
+
+
+def _layout(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (dict, list, tuple)):
+        return "[\n" + ",\n".join(canonical_json(item) for item in value) + "\n]"
+    return canonical_json(value)

@@ -1,0 +1,119 @@
+"""LabelRows: rows of a store in memory, one array a column. Pure values; nothing here reads or writes.
+
+A row is one view of one image: where the image lies, how the view is cut, and what the teacher said about it.
+
+Letters: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from kddata.labels import SoftLabels
+from kddata.views import View
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelRows:
+    """B rows.
+
+    Attributes:
+        image_id: of the image, B strings.
+        view: index of the view, int32 [B].
+        label: ground truth, int64 [B]; -1 where there is none.
+        labels: what the teacher said.
+        box: of the view, int32 [B, 4]: top, left, height, width in pixels.
+        flip: of the view, bool [B].
+        resize: of the view, int32 [B, 2]: height and width in pixels; None where no view has one.
+        source: number of the image shard, int32 [B].
+        offset, length: of the image in its shard, in bytes (parquet: row number, and bytes), int64 [B].
+        image_hash: 64 bits of the hash of the encoded image, uint64 [B].
+        pixel_hash: of the rendered view, uint64 [B]; it counts where `has_pixel_hash`, bool [B], is True.
+    """
+
+    image_id: list[str]
+    view: np.ndarray
+    label: np.ndarray
+    labels: SoftLabels
+    box: np.ndarray
+    flip: np.ndarray
+    resize: np.ndarray | None = None
+    source: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    image_hash: np.ndarray
+    pixel_hash: np.ndarray
+    has_pixel_hash: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            array: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
+            shape = (len(self.image_id), *_WIDTHS.get(name, ()))
+            if array.shape != shape:
+                raise ValueError(f"LabelRows.{name} is {np.dtype(dtype)} {list(shape)}; got {list(array.shape)}")
+            object.__setattr__(self, name, array)
+        if len(self.labels) != len(self.image_id):
+            raise ValueError(f"LabelRows.labels has {len(self.image_id)} rows; got {len(self.labels)}")
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def view_at(self, row: int) -> View:
+        """The view of a row, as it was drawn."""
+        top, left, height, width = (int(x) for x in self.box[row])
+        resize = None if self.resize is None else (int(self.resize[row, 0]), int(self.resize[row, 1]))
+        return View(box=(top, left, height, width), flip=bool(self.flip[row]), resize=resize)
+
+    def take(self, index: slice | np.ndarray | Sequence[int]) -> LabelRows:
+        """Some of the rows: a slice, or row numbers in any order."""
+        if isinstance(index, slice):
+            labels, image_id = self.labels.rows(index), self.image_id[index]
+        else:
+            index = np.asarray(index, dtype=np.int64)
+            labels, image_id = self.labels.rows(torch.from_numpy(index)), [self.image_id[i] for i in index.tolist()]
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _DTYPES}
+        return LabelRows(
+            image_id=image_id,
+            labels=labels,
+            **{name: None if column is None else column[index] for name, column in columns.items()},
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[LabelRows]) -> LabelRows:
+        """All rows of at least one part, one part after the other."""
+        columns: dict[str, Any] = {}
+        for name in _DTYPES:
+            values = [getattr(part, name) for part in parts]
+            if any(value is None for value in values) and not all(value is None for value in values):
+                raise ValueError(f"LabelRows that are joined all have a {name}, or none does")
+            columns[name] = None if values[0] is None else np.concatenate(values)
+        return LabelRows(
+            image_id=[image_id for part in parts for image_id in part.image_id],
+            labels=SoftLabels.cat([part.labels for part in parts]),
+            **columns,
+        )
+
+
+_DTYPES: dict[str, type] = {
+    "view": np.int32,
+    "label": np.int64,
+    "box": np.int32,
+    "flip": np.bool_,
+    "resize": np.int32,
+    "source": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "image_hash": np.uint64,
+    "pixel_hash": np.uint64,
+    "has_pixel_hash": np.bool_,
+}
+_WIDTHS = {"box": (4,), "resize": (2,)}
+assert set(_DTYPES) | {"image_id", "labels"} == {field.name for field in fields(LabelRows)}

@@ -1,0 +1,401 @@
+"""LabelStore: a folder of label shards that is begun, filled unit by unit, committed once, and then only read.
+
+Any process may die at any point; whoever begins the same store again goes on where receipts end. A label shard
+without a receipt counts for nothing and is written again. Trade-off: a committed store never changes, so reading it
+needs no lock and no listing: its manifest says all.
+
+Layout, in the order of writing: store.json, index/*.arrow, images.json, then for each unit labels/N.arrow and
+receipts/N.json, then manifest-000001.json; receipts are removed after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kddata.cards import StoreSpec
+from kddata.errors import ConfigError, StoreDamagedError, StoreError, StoreMismatchError, StoreMissingError
+from kddata.store import arrow, manifest
+from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
+from kddata.store.rows import LabelRows
+from kddata.store.storage import TEMPORARY, Storage, open_storage
+from kddata.store.tally import Tally
+from kddata.store.verify import Problem, find_problems
+
+
+class LabelStore:
+    """A label store. Made by `begin` or `open`; cheap to pickle.
+
+    Attributes:
+        storage: where its files lie.
+        spec: what its labels mean.
+        location, kind: where its images lay when it was begun, and in which form.
+        views_per_image: V, over all units.
+        manifest: the content of the manifest; None until committed.
+    """
+
+    def __init__(self, storage: Storage, head: dict[str, Any], committed: dict[str, Any] | None) -> None:
+        location = head["images"]["location"]
+        self.storage = storage
+        self.spec = StoreSpec.from_json(head["spec"])
+        self.location: str | tuple[str, ...] = location if isinstance(location, str) else tuple(location)
+        self.kind: str = head["images"]["kind"]
+        self.views_per_image: int = head["views_per_image"]
+        self.manifest = committed
+        self._head = head
+        self._images: tuple[IndexedShard, ...] | None = None
+        self._units: list[Unit] | None = None
+        self._index: tuple[int, pa.Table] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LabelStore, (self.storage, self._head, self.manifest)  # what was read on the way is read again
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self.storage.url
+
+    @classmethod
+    def begin(
+        cls, url: str, *, spec: StoreSpec, location: str | tuple[str, ...], kind: str, views_per_image: int
+    ) -> LabelStore:
+        """A store to fill: a new one, or one that was begun equally, finished or not.
+
+        Raises StoreMismatchError, naming the field, for a store that was begun with other values, or a folder that
+        holds something else. Nothing is overwritten.
+        """
+        if views_per_image < 1:
+            raise ConfigError("views.per_image is at least 1", actual=views_per_image)
+        if spec.plan.policy == "center" and views_per_image != 1:
+            raise ConfigError("policy center has one view an image", actual=views_per_image, fix="per_image: 1")
+        storage = open_storage(url)
+        head = manifest.header(spec, location=location, kind=kind, views_per_image=views_per_image)
+        stored = manifest.read_or_none(storage, HEADER)
+        if stored is None:
+            others = [name for name in storage.sizes() if not TEMPORARY.search(name) and name != HEADER]
+            if others:
+                raise StoreMismatchError(
+                    "a new store begins in an empty folder", actual=f"{others[:3]}", where=storage.url
+                )
+            if storage.create(HEADER, manifest.seal(head)):
+                return cls(storage, head, None)
+            stored = storage.read(HEADER)
+        where = f"{storage.url}/{HEADER}"
+        found = manifest.unseal(stored, where=where)
+        manifest.require_same(found, head, where=where)
+        manifest.warn_of_libraries(found["libraries"], where=storage.url)
+        return cls(storage, found, manifest.find(storage))
+
+    @classmethod
+    def open(cls, url: str) -> LabelStore:
+        """A committed store, to read. Reads the manifest alone.
+
+        Raises StoreMissingError where there is none or labelling has not finished, StoreVersionError for a newer
+        format, StoreDamagedError for a manifest that is not as it was written.
+        """
+        storage = open_storage(url)
+        committed = manifest.load(storage)
+        manifest.warn_of_libraries(committed["libraries"], where=storage.url)
+        return cls(storage, committed, committed)
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def indexed_shards(self) -> set[int]:
+        """Numbers of the image shards that have an index."""
+        if self._known_images() is not None:
+            return set(range(len(self.images)))
+        return _numbers(self.storage.sizes("index"))
+
+    def write_index(
+        self,
+        shard: int,
+        *,
+        name: str,
+        size_bytes: int | None,
+        ids: Sequence[str],
+        labels: Sequence[int | None],
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        """Writes the index of one image shard: where each image lies in it, in order."""
+        if self._known_images() is not None:
+            raise StoreError("images are indexed before the first unit", where=self.url)
+        about = {"fingerprint": self.spec.fingerprint, "name": name, "shard": shard, "size_bytes": size_bytes}
+        with self.storage.replacing(manifest.index_name(shard)) as out:
+            arrow.write_index(out, about, (ids, labels, offsets, lengths), self.spec.unit_images)
+
+    def finish_index(self, names: Sequence[str] | None = None) -> None:
+        """Seals the list of image shards: all of them are indexed. Does nothing if it is sealed already.
+
+        Args:
+            names: of the image shards, in order, where they are known.
+
+        Raises StoreMismatchError for image shards that are not the ones that were indexed.
+        """
+        if self._known_images() is None:
+            numbers = sorted(self.indexed_shards())
+            if numbers != list(range(len(numbers))):
+                raise StoreError("every image shard is indexed", actual=f"{numbers[:8]}", where=self.url)
+            shards = []
+            for number in numbers:
+                data = self.storage.read(manifest.index_name(number))
+                table, about = arrow.read_index(data, where=f"{self.url}/{manifest.index_name(number)}")
+                shards.append(
+                    IndexedShard(
+                        name=about["name"],
+                        size_bytes=about["size_bytes"],
+                        num_images=table.num_rows,
+                        sha256=hashlib.sha256(data).hexdigest(),
+                    )
+                )
+            _require_names(shards, names, where=self.url)
+            self.storage.create(IMAGES, manifest.seal({"shards": [dataclasses.asdict(shard) for shard in shards]}))
+        _require_names(self.images, names, where=self.url)
+
+    @property
+    def images(self) -> tuple[IndexedShard, ...]:
+        """The image shards, in order of their numbers. Raises StoreMissingError before `finish_index`."""
+        known = self._known_images()
+        if known is None:
+            raise StoreMissingError(
+                "images are indexed before units are planned", where=self.url, fix="run the same label command again"
+            )
+        return known
+
+    def read_index(self, unit: Unit) -> tuple[list[str], list[int | None], list[int], list[int]]:
+        """(ids, labels, offsets, lengths) of the images of a unit, in order.
+
+        Raises StoreDamagedError where the index is not as it was written.
+        """
+        table = self._index_table(unit.shard).slice(unit.start, unit.stop - unit.start)
+        ids, labels, offsets, lengths = (column.to_pylist() for column in table.columns)
+        return ids, labels, offsets, lengths
+
+    def find(self, image_id: str) -> list[Unit]:
+        """The units that cover an image, by rising views; none where no index names it."""
+        for shard in range(len(self.images)):
+            row = pc.index(self._index_table(shard)["image_id"], image_id).as_py()
+            if row >= 0:
+                return [unit for unit in self.units() if unit.shard == shard and unit.start <= row < unit.stop]
+        return []
+
+    # -- labelling ------------------------------------------------------------------------------------------------
+
+    def units(self) -> list[Unit]:
+        """All units, by number."""
+        if self._units is None:
+            self._units = manifest.plan_units(
+                [shard.num_images for shard in self.images],
+                views_per_image=self.views_per_image,
+                unit_images=self.spec.unit_images,
+                unit_views=self.spec.unit_views,
+            )
+        return self._units
+
+    def finished(self) -> dict[int, Receipt]:
+        """The receipts of finished units by number; none after the commit, which folds them into the manifest."""
+        return {number: self._receipt(number) for number in sorted(_numbers(self.storage.sizes("receipts")))}
+
+    def write_unit(self, unit: Unit, rows: Iterable[LabelRows], *, bad: Sequence[tuple[str, str]] = ()) -> Receipt:
+        """Writes and acknowledges the label shard of a unit; memory is bounded by one part of `rows` and one batch.
+
+        Args:
+            rows: image after image in the order of the index, each with all views of the unit, rising.
+            bad: (image id, reason) of the images left out. It is read after `rows` has ended, so that a generator
+                may fill it.
+
+        Returns the receipt; where the unit is finished already, the stored one, and `rows` is not read.
+        Raises StoreError for rows that are not those of the unit. Nothing is published then.
+        """
+        if self.manifest is not None:
+            raise StoreError("a committed store does not change", where=self.url)
+        name = manifest.receipt_name(unit.number)
+        if manifest.read_or_none(self.storage, name) is not None:
+            return self._receipt(unit.number)
+        tally = Tally(unit, where=f"unit {unit.number} of {self.url}")
+        batches = tally.watch(arrow.rebatch(rows, arrow.batch_rows(self.spec)))
+        with self.storage.replacing(manifest.labels_name(unit.number)) as out:
+            arrow.write_labels(out, self.spec, unit.number, batches)
+            tally.close(bad)
+        receipt = Receipt(
+            unit=unit.number,
+            fingerprint=self.spec.fingerprint,
+            rows=tally.rows,
+            bytes=out.num_bytes,
+            sha256=out.sha256,
+            images=tally.images,
+            bad=tuple((str(image_id), str(reason)) for image_id, reason in bad),
+            correct=tally.correct,
+            labelled=tally.labelled,
+            entropy_sum=tally.entropy_sum,
+            tail_sum=tally.tail_sum,
+        )
+        if not self.storage.create(name, manifest.receipt_bytes(receipt)):
+            return self._receipt(unit.number)
+        return receipt
+
+    def commit(self) -> dict[str, Any]:
+        """Publishes the manifest, removes what it replaces, and returns it. Calling it again does nothing more.
+
+        Raises StoreMissingError unless every unit is finished, and StoreDamagedError where a finished shard is gone.
+        """
+        if self.manifest is None:
+            if manifest.find(self.storage) is None:
+                self.storage.create(MANIFEST, manifest.seal(self._fold()))
+            self.manifest = manifest.find(self.storage)
+            assert self.manifest is not None
+        self.storage.remove_folder("receipts")
+        for name in self.storage.sizes():
+            if TEMPORARY.search(name):  # left behind by a writer that died
+                self.storage.remove(name)
+        return self.manifest
+
+    def _fold(self) -> dict[str, Any]:
+        units, receipts = self.units(), self.finished()
+        missing = [unit.number for unit in units if unit.number not in receipts]
+        if missing:
+            raise StoreMissingError(
+                "a store is committed when every unit is finished",
+                actual=f"{len(missing)} of {len(units)} are not, the first is {missing[0]}",
+                where=self.url,
+                fix="run the same label command again; finished units are kept",
+            )
+        sizes = self.storage.sizes("labels")
+        for unit in units:
+            name = manifest.labels_name(unit.number)
+            if sizes.get(name) != receipts[unit.number].bytes:
+                raise StoreDamagedError(
+                    f"a finished label shard has {receipts[unit.number].bytes} bytes",
+                    actual=sizes.get(name, "no file"),
+                    where=f"{self.url}/{name}",
+                    fix=f"remove {manifest.receipt_name(unit.number)} and run the same label command again",
+                )
+        files = {name: hashlib.sha256(self.storage.read(name)).hexdigest() for name in (HEADER, IMAGES)}
+        return manifest.manifest(self._head, self.images, units, receipts, files=files)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_unit(self) -> np.ndarray:
+        """How many rows each unit holds, int64 [U]."""
+        return np.array([entry["rows"] for entry in self._committed["units"]], dtype=np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows all units hold."""
+        return self._committed["totals"]["rows"]
+
+    def read(self, unit: int, *, verify: bool = True) -> LabelRows:
+        """The rows of a unit, after checking that the file has the bytes that were written.
+
+        Raises StoreDamagedError, naming the file, for a shard that is missing or has other bytes.
+        """
+        entry = self._committed["units"][unit]
+        where = f"{self.url}/{entry['file']}"
+        data = _read_checked(self.storage, entry["file"], entry["sha256"] if verify else None)
+        rows = arrow.read_labels(data, self.spec, unit, where=where)
+        if len(rows) != entry["rows"]:
+            raise StoreDamagedError(f"this shard has {entry['rows']} rows", actual=len(rows), where=where)
+        return rows
+
+    def verify(self) -> list[Problem]:
+        """What is not as it was written, over all files; see `kddata.store.verify`."""
+        return find_problems(self.storage)
+
+    def info(self) -> dict[str, Any]:
+        """What the store is and holds, as plain values: for people, and for `--json`."""
+        totals = self._committed["totals"]
+        rows = max(1, totals["rows"])
+        return {
+            "url": self.url,
+            "fingerprint": self.spec.fingerprint,
+            "spec": self.spec.to_json(),
+            "images": {"location": self.location, "kind": self.kind, "shards": len(self.images)},
+            "views_per_image": self.views_per_image,
+            "libraries": self._committed["libraries"],
+            **{key: totals[key] for key in ("units", "rows", "bytes", "bad_images", "correct", "labelled")},
+            "labelled_images": totals["images"],
+            "bytes_per_view": totals["bytes"] / rows,
+            "teacher_accuracy": totals["correct"] / totals["labelled"] if totals["labelled"] else None,
+            "mean_entropy_nats": totals["entropy_sum"] / rows,
+            "mean_tail_mass": totals["tail_sum"] / rows,
+            "bad": self._committed["bad"],
+        }
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _committed(self) -> dict[str, Any]:
+        if self.manifest is None:
+            raise StoreMissingError(
+                "a store is read when its labelling has finished",
+                where=self.url,
+                fix="run the same label command again; finished units are kept",
+            )
+        return self.manifest
+
+    def _known_images(self) -> tuple[IndexedShard, ...] | None:
+        if self._images is None:
+            if self.manifest is not None:
+                shards = self.manifest["image_shards"]
+            else:
+                data = manifest.read_or_none(self.storage, IMAGES)
+                if data is None:
+                    return None
+                shards = manifest.unseal(data, where=f"{self.url}/{IMAGES}")["shards"]
+            self._images = tuple(IndexedShard(**shard) for shard in shards)
+        return self._images
+
+    def _index_table(self, shard: int) -> pa.Table:
+        """The index of an image shard; the last one used is kept, as units are worked on in order."""
+        if self._index is None or self._index[0] != shard:
+            name = manifest.index_name(shard)
+            data = _read_checked(self.storage, name, self.images[shard].sha256)
+            self._index = shard, arrow.read_index(data, where=f"{self.url}/{name}")[0]
+        return self._index[1]
+
+    def _receipt(self, unit: int) -> Receipt:
+        name = manifest.receipt_name(unit)
+        data = self.storage.read(name)
+        return manifest.parse_receipt(data, unit=unit, fingerprint=self.spec.fingerprint, where=f"{self.url}/{name}")
+
+
+def _read_checked(storage: Storage, name: str, sha256: str | None) -> bytes:
+    """A file with this hash. The bytes that are hashed are the bytes that are used."""
+    where = f"{storage.url}/{name}"
+    data = manifest.read_or_none(storage, name)
+    if data is None:
+        raise StoreDamagedError("every file of a store is there", actual="no such file", where=where)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreDamagedError(
+            "a file of a store has the bytes that were written",
+            actual="another SHA-256",
+            where=where,
+            fix="`kddata verify` lists all damage; restore the file from a copy, or label again",
+        )
+    return data
+
+
+def _require_names(shards: Sequence[IndexedShard], names: Sequence[str] | None, *, where: str) -> None:
+    stored = [shard.name for shard in shards]
+    if names is None or stored == list(names):
+        return
+    differing = next((i for i, pair in enumerate(zip(stored, names, strict=False)) if pair[0] != pair[1]), None)
+    actual = f"stored {len(stored)} shards, asked {len(names)}"
+    if differing is not None:
+        actual += f"; number {differing}: stored {stored[differing]!r}, asked {names[differing]!r}"
+    raise StoreMismatchError(
+        "a store keeps the image shards it was begun with", actual=actual, where=where, fix="name another store"
+    )
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
+    """Of files named by a number, such as labels/000012.arrow; temporary files have none."""
+    return {int(match[1]) for name in names if (match := re.search(r"/(\d+)\.(?:arrow|json)$", name))}
