@@ -24,6 +24,7 @@ from kddata.cards import differences
 from kddata.errors import StoreMismatchError, TeacherError
 from kddata.images import open_source
 from kddata.labels import SoftLabels
+from kddata.losses import Method
 from kddata.replay import Batch, Replay, evaluation_loader, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
@@ -99,16 +100,11 @@ def train(
     name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step.
     """
     torch.set_num_threads(threads)
-    store = LabelStore.open(job.store)
-    method = losses.make(**job.method)
-    check_job(job, store, method, world_size)
-    run = Run(job.run)
-    run.begin(identity(job, store))
-    finished = run.result()
-    if finished is not None:
+    store, method, run = begin(job, world_size=world_size)
+    result = finished(job)
+    if result is not None:
         _log.info("%s has finished already; nothing is done", job.run)
-        card, metrics = finished
-        return TrainingResult(card=card, **metrics)
+        return result
 
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, device)
@@ -198,6 +194,25 @@ def train(
     if rank == 0:
         run.finish(student.state_dict(), card=result.card, metrics={"loss_S": loss_S, "epochs": epochs})
     return result
+
+
+def begin(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method, Run]:
+    """The store, the method and the run of a job, checked against each other; the run's folder is claimed for it.
+
+    Raises what `train` raises before its first step, apart from what building the student and the teacher finds.
+    """
+    store = LabelStore.open(job.store)
+    method = losses.make(**job.method)
+    check_job(job, store, method, world_size)
+    run = Run(job.run)
+    run.begin(identity(job, store))
+    return store, method, run
+
+
+def finished(job: TrainingJob) -> TrainingResult | None:
+    """The result in a job's run folder, or None before the run has finished."""
+    result = Run(job.run).result()
+    return None if result is None else TrainingResult(card=result[0], **result[1])
 
 
 def _student(job: TrainingJob, pixels_of: Callable[[Tensor], Tensor], device: str) -> nn.Module:
