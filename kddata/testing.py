@@ -11,14 +11,16 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kddata import rng
+from kddata.cards import StoreSpec, TeacherCard
 from kddata.labels import SoftLabels
+from kddata.store import LabelRows, LabelStore, Unit
 from kddata.teacher import Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
@@ -140,6 +142,81 @@ def write_tar(path: str | Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+
+
+def small_spec(*, num_classes: int = 10, k: int = 3, unit_images: int = 4, unit_views: int | None = 2) -> StoreSpec:
+    """The spec of a store with several small units."""
+    teacher = TeacherCard(
+        arch="made up",
+        weights_sha256="0",
+        num_classes=num_classes,
+        size_px=16,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+    return StoreSpec(
+        plan=ViewPlan(), teacher=teacher, k=k, temperatures=(1.0, 4.0), unit_images=unit_images, unit_views=unit_views
+    )
+
+
+def begin_small_store(
+    url: str, *, spec: StoreSpec | None = None, images: tuple[int, ...] = (6, 0, 3), views_per_image: int = 3
+) -> LabelStore:
+    """A store that is begun and indexed, over image shards of so many made-up images; equal arguments join it."""
+    store = LabelStore.begin(
+        url, spec=spec or small_spec(), location="made up", kind="tar", views_per_image=views_per_image
+    )
+    for shard, count in enumerate(images):
+        if shard not in store.indexed_shards():
+            store.write_index(
+                shard,
+                name=f"{shard:05d}.tar",
+                size_bytes=100 * count,
+                ids=[f"{shard}/bild-\u00e9-{i}" for i in range(count)],
+                labels=[None if i % 3 == 2 else i % store.spec.teacher.num_classes for i in range(count)],
+                offsets=[100 * i for i in range(count)],
+                lengths=[90 + i % 7 for i in range(count)],
+            )
+    store.finish_index([f"{shard:05d}.tar" for shard in range(len(images))])
+    return store
+
+
+def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = ()) -> LabelRows:
+    """All rows of a unit, less some images. Each row is a pure function of its image id and view."""
+    index = [image for image in zip(*store.read_index(unit), strict=True) if image[0] not in leave_out]
+    views = range(unit.view_start, unit.view_stop)
+    rows = [(*image, view, rng.stream(0, "row", image[0], view)) for image in index for view in views]
+    num_classes = store.spec.teacher.num_classes
+    logits_BC = [[8 * u for u in random.random(num_classes)] for *_, random in rows]
+    drawn = [store.spec.plan.draw(image_id, view, 40, 60) for image_id, _, _, _, view, _ in rows]
+    hashes = [int.from_bytes(rng.key_bytes(0, "hash", row[0])[:8], "little") for row in rows]
+    return LabelRows(
+        image_id=[row[0] for row in rows],
+        view=np.array([row[4] for row in rows]),
+        label=np.array([-1 if row[1] is None else row[1] for row in rows]),
+        labels=SoftLabels.from_logits(
+            torch.tensor(logits_BC, dtype=torch.float32).reshape(-1, num_classes),
+            k=store.spec.k,
+            temperatures=store.spec.temperatures,
+        ),
+        box=np.array([view.box for view in drawn]).reshape(-1, 4),
+        flip=np.array([view.flip for view in drawn]),
+        source=np.full(len(rows), unit.shard),
+        offset=np.array([row[2] for row in rows]),
+        length=np.array([row[3] for row in rows]),
+        image_hash=np.array(hashes, dtype=np.uint64),
+        pixel_hash=np.arange(len(rows)),
+        has_pixel_hash=np.arange(len(rows)) % 4 == 0,
+    )
+
+
+def small_store(url: str, **arguments: Any) -> LabelStore:
+    """A committed store of made-up labels; the arguments are those of `begin_small_store`."""
+    store = begin_small_store(url, **arguments)
+    for unit in store.units():
+        store.write_unit(unit, [made_up_rows(store, unit)])
+    store.commit()
+    return store
 
 
 def plans() -> SearchStrategy[ViewPlan]:

@@ -264,7 +264,7 @@ def load(storage: Storage) -> dict[str, Any]:
 def read_or_none(storage: Storage, name: str) -> bytes | None:
     try:
         return storage.read(name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

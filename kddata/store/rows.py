@@ -79,26 +79,24 @@ class LabelRows:
         else:
             index = np.asarray(index, dtype=np.int64)
             labels, image_id = self.labels.rows(torch.from_numpy(index)), [self.image_id[i] for i in index.tolist()]
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _DTYPES}
-        return LabelRows(
-            image_id=image_id,
-            labels=labels,
-            **{name: None if column is None else column[index] for name, column in columns.items()},
-        )
+        columns = ((name, getattr(self, name)) for name in _DTYPES)
+        taken: dict[str, Any] = {name: None if x is None else x[index] for name, x in columns}
+        return LabelRows(image_id=image_id, labels=labels, **taken)
 
     @staticmethod
     def concat(parts: Sequence[LabelRows]) -> LabelRows:
         """All rows of at least one part, one part after the other."""
-        columns: dict[str, Any] = {}
+        parts = [part for part in parts if len(part)] or parts[:1]  # a part without rows does not say what it lacks
+        joined: dict[str, Any] = {}
         for name in _DTYPES:
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values) and not all(value is None for value in values):
                 raise ValueError(f"LabelRows that are joined all have a {name}, or none does")
-            columns[name] = None if values[0] is None else np.concatenate(values)
+            joined[name] = None if values[0] is None else np.concatenate(values)
         return LabelRows(
             image_id=[image_id for part in parts for image_id in part.image_id],
             labels=SoftLabels.cat([part.labels for part in parts]),
-            **columns,
+            **joined,
         )
 
 

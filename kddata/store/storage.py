@@ -9,6 +9,7 @@ Trade-off: small files pass as bytes; only label shards stream.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from kddata.errors import ConfigError
+from kddata.errors import ConfigError, StoreError
 
 TEMPORARY = re.compile(r"(^|/)\.tmp-[0-9a-f]+$")
 _CHUNK_BYTES = 1 << 20
@@ -148,6 +149,15 @@ class LocalStorage:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                raise StoreError(
+                    "a store lies on a disk that makes hard links, which publish a file once",
+                    actual=error.strerror,
+                    where=path,
+                    fix="put the store on another disk, or on s3://",
+                ) from error
             temporary.unlink()
             _sync_folder(path.parent)
         return True
@@ -278,7 +288,7 @@ class S3Storage:
     @contextmanager
     def replacing(self, name: str) -> Iterator[HashingWriter]:
         with tempfile.NamedTemporaryFile(prefix="kddata-") as file:
-            yield HashingWriter(file)  # type: ignore[arg-type]
+            yield HashingWriter(file)
             file.flush()
             self._fs.put_file(file.name, f"{self._root}/{name}")
 
@@ -304,6 +314,8 @@ def _sync(file: IO[bytes]) -> None:
 def _make_folder(folder: Path) -> None:
     """Makes a folder and those above it, each synced into its parent, so that power loss takes no published file."""
     if not folder.is_dir():
+        if folder.exists():
+            raise StoreError("a store is a folder", actual="a file", where=folder, fix="name another place")
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
