@@ -22,7 +22,6 @@ from kddata.training.job import TrainingJob
 def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: int) -> None:
     """Refuses, before anything is built, a job that cannot work on this store."""
     spec = store.spec
-    assert store.manifest is not None
     if job.student.num_classes != spec.teacher.num_classes:
         raise StoreMismatchError(
             f"a student has the {spec.teacher.num_classes} classes of the store's teacher",
@@ -34,7 +33,7 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
         k=spec.k,
         num_classes=spec.teacher.num_classes,
         temperatures=spec.temperatures,
-        has_targets=store.manifest["totals"]["labelled"] > 0,
+        has_targets=store.info()["labelled"] > 0,
         where=store.url,
     )
     steps = order.num_steps(store.num_rows, job.data.batch_size)
