@@ -1,0 +1,10 @@
+"""Images: where they lie, what they are called, their encoded bytes, and their pixels.
+
+`open_source` turns a location into an `ImageSource` (tar, folder or parquet); `decode` turns bytes into pixels.
+"""
+
+from kddata.images.decode import decode, image_hash, image_size, image_suffix
+from kddata.images.opening import open_source
+from kddata.images.source import ImageRef, ImageShard, ImageSource
+
+__all__ = ["ImageRef", "ImageShard", "ImageSource", "decode", "image_hash", "image_size", "image_suffix", "open_source"]
