@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kddata import rng
 from kddata.cards import StoreSpec, TeacherCard
+from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Unit
 from kddata.teacher import Teacher, TeacherArgs, load_teacher
@@ -217,6 +218,41 @@ def small_store(url: str, **arguments: Any) -> LabelStore:
         store.write_unit(unit, [made_up_rows(store, unit)])
     store.commit()
     return store
+
+
+def make_store(
+    directory: str | Path,
+    *,
+    form: Literal["tar", "folder", "parquet"] = "tar",
+    num_images: int = 12,
+    image_classes: int | None = None,
+    labelled: bool = True,
+    views_per_image: int = 2,
+    num_classes: int = 10,
+    size_px: int = 16,
+    k: int = 3,
+    temperatures: tuple[float, ...] = (1.0,),
+    unit_images: int = 4,
+) -> LabelStore:
+    """A committed store of `make_images`, truly labelled by `fake_teacher`; both lie below the directory.
+
+    The images have `image_classes` classes, by default as many as the teacher.
+    """
+    root = Path(directory)
+    images = make_images(
+        root / "images", num_images=num_images, form=form, num_classes=image_classes or num_classes, labelled=labelled
+    )
+    job = LabellingJob(
+        images=images,
+        store=str(root / "labels"),
+        teacher=fake_teacher_args(num_classes=num_classes, size_px=size_px),
+        plan=ViewPlan(area=(0.3, 1.0)),
+        views_per_image=views_per_image,
+        k=k,
+        temperatures=temperatures,
+        unit_images=unit_images,
+    )
+    return label_store(job).store
 
 
 def plans() -> SearchStrategy[ViewPlan]:
