@@ -314,10 +314,11 @@ def _sync(file: IO[bytes]) -> None:
 def _make_folder(folder: Path) -> None:
     """Makes a folder and those above it, each synced into its parent, so that power loss takes no published file."""
     if not folder.is_dir():
-        if folder.exists():
-            raise StoreError("a store is a folder", actual="a file", where=folder, fix="name another place")
         _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise StoreError("a store is a folder", actual="a file", where=folder, fix="name another place") from error
         _sync_folder(folder.parent)
 
 
