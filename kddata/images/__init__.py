@@ -5,6 +5,18 @@
 
 from kddata.images.decode import decode, image_hash, image_size, image_suffix
 from kddata.images.opening import open_source
+from kddata.images.pack import Packed, pack
 from kddata.images.source import ImageRef, ImageShard, ImageSource
 
-__all__ = ["ImageRef", "ImageShard", "ImageSource", "decode", "image_hash", "image_size", "image_suffix", "open_source"]
+__all__ = [
+    "ImageRef",
+    "ImageShard",
+    "ImageSource",
+    "Packed",
+    "decode",
+    "image_hash",
+    "image_size",
+    "image_suffix",
+    "open_source",
+    "pack",
+]

@@ -172,9 +172,9 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return data
 
 
-def in_order(function: Callable[[Item], Result], items: Sequence[Item], *, ahead: int) -> Iterator[Result]:
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
     """function(item) of each item, in order, up to `ahead` of them under way in threads before they are asked for."""
-    if ahead < 1 or len(items) < 2:
+    if ahead < 1:
         yield from map(function, items)
         return
     with ThreadPoolExecutor(ahead, thread_name_prefix="kddata-read") as pool:
