@@ -1,4 +1,4 @@
-"""Training: guard rails, exact resume, equal results for any world; a teacher in the loop is the oracle of the cache."""
+"""Training: guard rails, exact resume, equal results for any world; the teacher in the loop is the cache's oracle."""
 
 from __future__ import annotations
 
