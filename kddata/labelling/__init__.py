@@ -1,0 +1,34 @@
+"""Labelling: images x views x a teacher become a store of soft labels, in this process, with no Ray.
+
+    label_store(job)                     # equals, and may be taken apart into:
+    store = prepare(job)                 # begin the store, index the images
+    for unit in missing_units(store):    # in any order, in any process
+        label_unit(store, unit, source, teacher)
+    finish(store, limit=job.bad_images)
+
+Deliberately not here: who labels which unit, and progress bars.
+"""
+
+from kddata.labelling.job import (
+    Labelled,
+    LabellingJob,
+    check_bad_images,
+    finish,
+    label_store,
+    load_job_teacher,
+    missing_units,
+    prepare,
+)
+from kddata.labelling.unit import label_unit
+
+__all__ = [
+    "Labelled",
+    "LabellingJob",
+    "check_bad_images",
+    "finish",
+    "label_store",
+    "label_unit",
+    "load_job_teacher",
+    "missing_units",
+    "prepare",
+]

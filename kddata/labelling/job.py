@@ -1,0 +1,215 @@
+"""A label job: prepared once, labelled unit by unit, finished when no unit is missing.
+
+Every step may be repeated after a crash, and units may be labelled in any order by any process. Trade-off: preparing
+walks every image shard once, so that labelling and replay never search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from kddata.cards import Codec, MemoryFormat, StoreSpec, TeacherCard
+from kddata.errors import BadImageBudgetError, SourceError
+from kddata.images import ImageSource, open_source
+from kddata.labelling.unit import label_unit
+from kddata.store import LabelStore, Receipt, Unit
+from kddata.teacher import Teacher, TeacherArgs, load_teacher
+from kddata.views import ViewPlan
+
+_NAMED = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabellingJob:
+    """What a label job file says, as plain values.
+
+    Attributes:
+        images: location of the images, as `open_source` takes it.
+        store: URL of the store.
+        teacher: whom to ask.
+        plan: how views are drawn.
+        views_per_image: V.
+        k, temperatures, codec: what is kept of an answer.
+        unit_images, unit_views: most images, and views, of a unit.
+        bad_images: share of all images that may be bad; past it the job fails.
+        max_pixels: most pixels of an image, also where a view brings the whole image to another size.
+        batch_size, threads, memory_format: of the teacher's forward pass.
+        device: of the teacher. It is not part of the store's spec.
+    """
+
+    images: str | tuple[str, ...]
+    store: str
+    teacher: TeacherArgs
+    plan: ViewPlan
+    views_per_image: int = 1
+    k: int
+    temperatures: tuple[float, ...] = (1.0,)
+    codec: Codec = "exact"
+    unit_images: int = 1024
+    unit_views: int | None = None
+    bad_images: float = 0.001
+    max_pixels: int = 100_000_000
+    batch_size: int = 16
+    threads: int = 1
+    memory_format: MemoryFormat = "channels_last"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A finished store, and how many of its units this call labelled: 0 where there was nothing to do."""
+
+    store: LabelStore
+    new_units: int
+
+
+def label_store(job: LabellingJob, *, on_receipt: Callable[[Receipt], None] | None = None) -> Labelled:
+    """The finished store of a job, labelled in this process; units that are finished already are kept.
+
+    Equals: prepare, label_unit for each of missing_units, finish.
+
+    Args:
+        on_receipt: called with the receipt of each unit that is labelled now, for progress.
+
+    Raises all that these raise. Whatever ends it, the same call goes on from there.
+    """
+    teacher = load_job_teacher(job)
+    store = prepare(job, card=teacher.card)
+    if store.manifest is not None:
+        _log.info("%s is finished: nothing to do", store.url)
+        return Labelled(store=store, new_units=0)
+    source = open_source(job.images)
+    bad = dict(pair for receipt in store.finished().values() for pair in receipt.bad)
+    check_bad_images(store, bad, limit=job.bad_images)
+    units = missing_units(store)
+    for unit in units:
+        receipt = label_unit(store, unit, source, teacher, max_pixels=job.max_pixels)
+        if on_receipt is not None:
+            on_receipt(receipt)
+        bad.update(receipt.bad)
+        check_bad_images(store, bad, limit=job.bad_images)
+    finish(store, limit=job.bad_images)
+    return Labelled(store=store, new_units=len(units))
+
+
+def load_job_teacher(job: LabellingJob) -> Teacher:
+    """The teacher of a job. Raises what `load_teacher` raises."""
+    return load_teacher(
+        job.teacher,
+        device=job.device,
+        batch_size=job.batch_size,
+        threads=job.threads,
+        memory_format=job.memory_format,
+    )
+
+
+def prepare(job: LabellingJob, *, card: TeacherCard | None = None) -> LabelStore:
+    """The store of a job with all its images indexed, ready to be labelled or finished already.
+
+    Args:
+        card: of the job's teacher. Without one, the teacher is loaded on the CPU to make it, and dropped.
+
+    Raises SourceError for no images or an id that occurs twice, StoreMismatchError for a store that was begun with
+    other values, ConfigError for values that no store can have, TeacherError for a teacher that cannot be loaded.
+    """
+    card = card or load_job_teacher(dataclasses.replace(job, device="cpu")).card
+    spec = StoreSpec(
+        plan=job.plan,
+        teacher=card,
+        k=job.k,
+        temperatures=job.temperatures,
+        codec=job.codec,
+        unit_images=job.unit_images,
+        unit_views=job.unit_views,
+        batch_size=job.batch_size,
+        threads=job.threads,
+        memory_format=job.memory_format,
+    )
+    source = open_source(job.images)
+    names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
+    store = LabelStore.begin(
+        job.store, spec=spec, location=source.location, kind=source.kind, views_per_image=job.views_per_image
+    )
+    if store.manifest is None:
+        _index(store, source, names)
+    return store
+
+
+def missing_units(store: LabelStore) -> list[Unit]:
+    """The units that have no receipt yet, by number."""
+    finished = store.finished()
+    return [unit for unit in store.units() if unit.number not in finished]
+
+
+def check_bad_images(store: LabelStore, bad: dict[str, str], *, limit: float) -> None:
+    """Raises BadImageBudgetError where more than this share of a store's images is bad.
+
+    Args:
+        bad: reason by image id, gathered from receipts so far.
+    """
+    num_images = sum(shard.num_images for shard in store.images)
+    if len(bad) > limit * num_images:
+        some = "; ".join(f"{image_id}: {reason}" for image_id, reason in islice(sorted(bad.items()), _NAMED))
+        raise BadImageBudgetError(
+            f"at most {limit:g} of {num_images} images may be bad (limits.bad_images)",
+            actual=f"{len(bad)} so far, such as {some}",
+            where=store.url,
+            fix="mend the images and name a new store, or raise the limit and run this again; finished units are kept",
+        )
+
+
+def finish(store: LabelStore, *, limit: float) -> None:
+    """Commits a store whose units are all finished. Raises BadImageBudgetError, or StoreMissingError."""
+    check_bad_images(store, dict(pair for r in store.finished().values() for pair in r.bad), limit=limit)
+    store.commit()
+
+
+def _index(store: LabelStore, source: ImageSource, names: list[str]) -> None:
+    """Indexes the image shards that have no index yet, and seals the list."""
+    indexed = store.indexed_shards()
+    for number, name in enumerate(names):
+        if number not in indexed:
+            shard, refs = source.scan(name)
+            store.write_index(
+                number,
+                name=name,
+                size_bytes=shard.size_bytes,
+                ids=[ref.image_id for ref in refs],
+                labels=[ref.label for ref in refs],
+                offsets=[ref.offset for ref in refs],
+                lengths=[ref.length for ref in refs],
+            )
+    store.finish_index(names)
+    _require_distinct(store)
+
+
+def _require_distinct(store: LabelStore) -> None:
+    """Raises SourceError for an id in two image shards. Hashes first: 8 bytes an image, however many there are."""
+
+    def pieces() -> Iterator[tuple[str, list[str]]]:
+        for unit in store.units():
+            if unit.view_start == 0:
+                yield store.images[unit.shard].name, store.read_index(unit)[0]
+
+    hashes = np.sort(np.concatenate([np.fromiter(map(hash, ids), np.int64) for _, ids in pieces()]))
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not twice:
+        return
+    seen: dict[str, str] = {}
+    for shard, ids in pieces():
+        for image_id in (image_id for image_id in ids if hash(image_id) in twice):
+            if image_id in seen:
+                raise SourceError(
+                    "an image id occurs once",
+                    actual=f"{image_id!r} in {seen[image_id]} and {shard}",
+                    where=store.location,
+                    fix="rename one, or leave one image shard out, and name a new store",
+                )
+            seen[image_id] = shard

@@ -1,0 +1,156 @@
+"""One unit: its images are read, decoded, cut into views, answered and written as one label shard.
+
+Trade-off: a unit streams through one thread that decodes and cuts and one that asks the teacher; more speed comes from
+more processes.
+
+Shapes: B rows of a batch, C classes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kddata import rng
+from kddata.cards import StoreSpec
+from kddata.errors import BadImageError, StoreMismatchError, TeacherError
+from kddata.images import ImageRef, ImageSource, decode, image_hash
+from kddata.labels import SoftLabels
+from kddata.store import LabelRows, LabelStore, Receipt, Unit
+from kddata.teacher import Answers
+from kddata.views import View, ViewPlan, pixel_hash, render
+
+_HASHED_SHARE = 1 / 64
+_NAMED = 5
+_T = TypeVar("_T")
+
+
+def label_unit(
+    store: LabelStore, unit: Unit, source: ImageSource, teacher: Answers, *, max_pixels: int = 100_000_000
+) -> Receipt:
+    """Labels one unit and publishes its shard; memory is bounded by two batches and one image, whatever the unit.
+
+    Each image is read and decoded once for all views of the unit. One that cannot be used is left out and listed in the
+    receipt with the reason.
+
+    Raises TeacherError for answers of another width or that are not finite, naming images; SourceError for images that
+    are no longer what was indexed; StoreMismatchError for another teacher than the store's. Nothing is published then.
+    """
+    if teacher.card != store.spec.teacher:
+        raise StoreMismatchError(
+            "a store is labelled by the one teacher of its spec",
+            actual=f"{teacher.card.arch}, weights {teacher.card.weights_sha256[:12]}",
+            where=store.url,
+            fix="name another store, or the teacher it was begun with",
+        )
+    bad: list[tuple[str, str]] = []
+    views = _cut(store, unit, source, max_pixels=max_pixels, bad=bad)
+    batches = _one_ahead(_batched(views, store.spec.batch_size))
+    return store.write_unit(unit, (_answer(store.spec, unit, batch, teacher) for batch in batches), bad=bad)
+
+
+class _Cut(NamedTuple):
+    """One view, cut: all of its row but the teacher's answer, and its pixels, uint8 [3, S, S]."""
+
+    ref: ImageRef
+    view_index: int
+    view: View
+    image_hash: int
+    pixel_hash: int | None
+    pixels: Tensor
+
+
+def _cut(
+    store: LabelStore, unit: Unit, source: ImageSource, *, max_pixels: int, bad: list[tuple[str, str]]
+) -> Iterator[_Cut]:
+    """The views of a unit, image after image; images that cannot be used are added to `bad`."""
+    spec, first = store.spec, True
+    refs = [
+        ImageRef(image_id=image_id, label=label, offset=offset, length=length)
+        for image_id, label, offset, length in zip(*store.read_index(unit), strict=True)
+    ]
+    for ref, data in source.stream(store.images[unit.shard].name, refs):
+        try:
+            image = decode(data, max_pixels=max_pixels)
+            views = _draw(spec.plan, unit, ref.image_id, image, max_pixels)
+        except BadImageError as error:
+            bad.append((ref.image_id, str(error)))
+            continue
+        digest = image_hash(data)
+        for view_index, view in views:
+            pixels = render(image, view, size_px=spec.teacher.size_px, interpolation=spec.plan.interpolation)
+            hashed = first or rng.unit_interval(0, "pixel hash", ref.image_id, view_index) < _HASHED_SHARE
+            first = False
+            yield _Cut(ref, view_index, view, digest, pixel_hash(pixels) if hashed else None, pixels)
+
+
+def _draw(plan: ViewPlan, unit: Unit, image_id: str, image: Tensor, max_pixels: int) -> list[tuple[int, View]]:
+    _, height, width = image.shape
+    views = [(k, plan.draw(image_id, k, height, width)) for k in range(unit.view_start, unit.view_stop)]
+    for _, view in views:  # a thin strip of few pixels becomes a huge one when its short side is resized
+        if view.resize is not None and view.resize[0] * view.resize[1] > max_pixels:
+            raise BadImageError(
+                f"an image resized for its view has at most {max_pixels} pixels (limits.pixels)",
+                actual=f"{width} x {height}, resized to {view.resize[1]} x {view.resize[0]}",
+            )
+    return views
+
+
+def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) -> LabelRows:
+    """The rows of a batch of views."""
+    logits_BC = teacher(torch.stack([cut.pixels for cut in batch]))
+    wanted = (len(batch), spec.teacher.num_classes)
+    if tuple(logits_BC.shape) != wanted:
+        raise TeacherError(
+            f"a teacher of {wanted[1]} classes answers {wanted[0]} views with logits of shape {wanted}",
+            actual=tuple(logits_BC.shape),
+            where=spec.teacher.arch,
+        )
+    finite_B = torch.isfinite(logits_BC.amax(1))  # -inf in some classes is an answer; NaN passes through amax
+    if not bool(finite_B.all()):
+        named = [
+            f"{cut.ref.image_id} (view {cut.view_index})" for cut, ok in zip(batch, finite_B, strict=True) if not ok
+        ]
+        raise TeacherError(
+            "a teacher's logits are finite, or -inf in some classes",
+            actual=f"NaN or infinity for {', '.join(named[:_NAMED])}{', ...' if len(named) > _NAMED else ''}",
+            where=f"unit {unit.number}, {spec.teacher.arch}",
+            fix="check its weights, mean and std",
+        )
+    resized = spec.plan.policy == "center"
+    return LabelRows(
+        image_id=[cut.ref.image_id for cut in batch],
+        view=np.array([cut.view_index for cut in batch]),
+        label=np.array([-1 if cut.ref.label is None else cut.ref.label for cut in batch]),
+        labels=SoftLabels.from_logits(logits_BC, k=spec.k, temperatures=spec.temperatures),
+        box=np.array([cut.view.box for cut in batch]),
+        flip=np.array([cut.view.flip for cut in batch]),
+        resize=np.array([cut.view.resize for cut in batch]) if resized else None,
+        source=np.full(len(batch), unit.shard),
+        offset=np.array([cut.ref.offset for cut in batch]),
+        length=np.array([cut.ref.length for cut in batch]),
+        image_hash=np.array([cut.image_hash for cut in batch], dtype=np.uint64),
+        pixel_hash=np.array([cut.pixel_hash or 0 for cut in batch], dtype=np.uint64),
+        has_pixel_hash=np.array([cut.pixel_hash is not None for cut in batch]),
+    )
+
+
+def _batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _one_ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The same items, the next one made in a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item
