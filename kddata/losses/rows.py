@@ -160,7 +160,7 @@ def _soft(
     p = log_p.exp()
     if term.tail == "support":  # no pass over the other classes
         log_q = z_S.log_softmax(1)
-        grad = torch.zeros_like(z).scatter_(1, ids, log_q.exp() - p) if want_grad else None
+        grad = torch.zeros_like(z).scatter_(1, ids, _kept_grad(log_q.exp(), p, 0.0)) if want_grad else None
         log_q_t = _split(z, ids, z_S)[1] if want_tail else None
         return _kl(p, log_p, log_q).sum(1), None if log_q_t is None else log_q_t.exp(), grad
 
@@ -180,7 +180,19 @@ def _soft(
     grad = r.mul_(off[:, None])
     if term.tail == "uniform":
         grad.sub_((p_t / num_off)[:, None])
-    return loss, q_t, grad.scatter_(1, ids, log_q.exp() - p)
+        off = q_t - p_t
+    return loss, q_t, grad.scatter_(1, ids, _kept_grad(log_q.exp(), p, off))
+
+
+def _kept_grad(q: Tensor, p: Tensor, off: Tensor | float) -> Tensor:
+    """q - p, in a row whose sum with `off`, the gradient's sum over the other classes, is 0.
+
+    A class that both hold probable takes minus the sum of the rest: near 1, q - p keeps no digits when it is small.
+    """
+    grad = q - p
+    sure = (q > 0.5) & (p > 0.5)  # one class in a row at most
+    rest = grad.masked_fill(sure, 0.0).sum(1) + off
+    return torch.where(sure, -rest[:, None], grad)
 
 
 def _split(z: Tensor, ids: Tensor, z_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
