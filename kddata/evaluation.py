@@ -166,9 +166,10 @@ def paired_bootstrap(
     """
     a, b = np.asarray(a_N, dtype=np.float64), np.asarray(b_N, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or not a.size or not np.isfinite(a - b).all():
+        unknown = [int((~np.isfinite(arm)).sum()) for arm in (a, b)]
         raise ConfigError(
-            "two arms are compared on the same scored items",
-            actual=f"shapes {a.shape} and {b.shape}, or unknown scores",
+            "two arms are compared on the same items, all scored",
+            actual=f"shapes {a.shape} and {b.shape}, with {unknown[0]} and {unknown[1]} unknown scores",
         )
     difference = a - b
     generator = rng.stream(seed, "paired_bootstrap")
