@@ -72,7 +72,7 @@ def image_hash(data: bytes) -> int:
 
 
 def decode(data: bytes, *, max_pixels: int) -> Tensor:
-    """The pixels of an encoded image, uint8 [3, H, W], RGB.
+    """The pixels of an encoded image, uint8 [3, H, W], RGB, with the channels innermost in memory.
 
     Greyscale fills three channels; palettes, CMYK and alpha become RGB; 16-bit channels keep their high byte.
 
@@ -109,7 +109,7 @@ def _decode_pillow(data: bytes) -> Tensor:
                 raise _bad(f"{image.format} in mode {image.mode}, which has no 8-bit RGB form")
     except _PIL_ERRORS as error:
         raise _bad(f"{len(data)} bytes: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _header(data: bytes) -> _Header:

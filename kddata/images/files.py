@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -86,14 +87,15 @@ def missing_file(url: str) -> SourceError:
 
 def list_directory(url: str) -> list[str] | None:
     """Names in a directory, sorted, or None where there is no such directory."""
-    if is_local(url):
-        return sorted(entry.name for entry in Path(url).iterdir()) if Path(url).is_dir() else None
-    system, path = file_system(url)
-    system.invalidate_cache()  # listings that fsspec remembers may be older than the files
-    try:
-        found = system.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    with _reading(url):
+        if is_local(url):
+            return sorted(entry.name for entry in Path(url).iterdir()) if Path(url).is_dir() else None
+        system, path = file_system(url)
+        system.invalidate_cache()  # listings that fsspec remembers may be older than the files
+        try:
+            found = system.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     if [name.strip("/") for name in found] == [path.strip("/")]:
         return None  # a file is listed as itself
     return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
@@ -128,40 +130,35 @@ def check_present(urls: Sequence[str]) -> None:
 
 def file_size(url: str) -> int | None:
     """Bytes of a file, or None where its server does not say. Raises SourceError where it is missing."""
-    try:
+    with _reading(url):
         if is_local(url):
             return Path(url).stat().st_size
         system, path = file_system(url)
         return system.size(path)
-    except FileNotFoundError:
-        raise missing_file(url) from None
 
 
 def open_file(url: str) -> IO[bytes]:
     """A seekable file for reading. Raises SourceError where it is missing."""
-    try:
+    with _reading(url):
         if is_local(url):
             return open(url, "rb")
         system, path = file_system(url)
         return system.open(path, "rb", block_size=_BLOCK_BYTES)
-    except FileNotFoundError:
-        raise missing_file(url) from None
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes start to stop of a file. Raises SourceError where it is missing or has fewer."""
     if start == stop:
         return b""
-    try:
+    with _reading(url):
         if is_local(url):
             with open(url, "rb", buffering=0) as file:
                 file.seek(start)
-                data = file.read(min(stop, os.fstat(file.fileno()).st_size) - start) if stop > start else b""
+                # Never more than there is: the range may come from a store that was made elsewhere.
+                data = file.read(max(0, min(stop, os.fstat(file.fileno()).st_size) - start))
         else:
             system, path = file_system(url)
             data = system.cat_file(path, start=start, end=stop)
-    except FileNotFoundError:
-        raise missing_file(url) from None
     if len(data) != stop - start:
         raise SourceError(
             "image files stay as they were when they were scanned, and their servers honour byte ranges",
@@ -212,3 +209,14 @@ def path_of(paths: dict[str, str], shard_name: str, location: object) -> str:
             where=location,
             fix="point `images` at the place that holds it, under the name that it had",
         ) from None
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """What the storage cannot do becomes a SourceError that names the file."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_file(url) from None
+    except OSError as error:
+        raise SourceError("images can be read", actual=error, where=url, fix="check permissions and storage") from error

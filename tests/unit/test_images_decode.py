@@ -1,0 +1,179 @@
+"""Decoding: what pixels come out, and what is refused before any are made."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tarfile
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kddata.errors import BadImageError
+from kddata.images import decode, image_hash, image_size, image_suffix
+from kddata.testing import encode, small_image
+
+LIMIT = 10_000
+PIXELS = small_image(1, height_px=37, width_px=53)
+
+
+def saved(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
+
+
+def pillow_rgb(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+RGB = Image.fromarray(PIXELS)
+GREY = RGB.convert("L")
+ALPHA = RGB.copy()
+ALPHA.putalpha(GREY)
+LOSSLESS = {  # what it is, and what it must decode to
+    "png": (encode(PIXELS, "png"), PIXELS),
+    "grey png": (saved(GREY, "PNG"), np.repeat(np.asarray(GREY)[..., None], 3, 2)),
+    "1-bit png": (saved(GREY.convert("1"), "PNG"), pillow_rgb(saved(GREY.convert("1"), "PNG"))),
+    "palette png": (saved(RGB.quantize(50), "PNG"), np.asarray(RGB.quantize(50).convert("RGB"))),
+    "rgba png": (saved(ALPHA, "PNG"), PIXELS),
+    "grey and alpha png": (saved(ALPHA.convert("LA"), "PNG"), np.repeat(np.asarray(GREY)[..., None], 3, 2)),
+    "bmp": (saved(RGB, "BMP"), PIXELS),
+    "gif": (saved(GREY, "GIF"), np.repeat(np.asarray(GREY)[..., None], 3, 2)),
+    "ppm": (saved(RGB, "PPM"), PIXELS),
+    "tiff": (saved(RGB, "TIFF"), PIXELS),
+    "webp": (saved(RGB, "WEBP", lossless=True), PIXELS),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_every_lossless_form_decodes_to_its_rgb_pixels(name: str) -> None:
+    data, expected_HW3 = LOSSLESS[name]
+    pixels = decode(data, max_pixels=LIMIT)
+    assert pixels.dtype == torch.uint8
+    assert pixels.stride() == (1, 3 * 53, 3)  # one layout for all decoders: resizing is fastest on it
+    assert torch.equal(pixels, torch.from_numpy(expected_HW3.copy()).permute(2, 0, 1))
+    assert image_size(data) == (37, 53)
+    assert image_suffix(data) == name.split()[-1].replace("tiff", "tif")
+
+
+def test_16_bit_channels_keep_their_high_byte() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7), dtype=np.uint16)
+    for format in ("PNG", "TIFF"):
+        pixels = decode(saved(Image.fromarray(values), format), max_pixels=LIMIT)
+        assert torch.equal(pixels, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 5, 7))
+
+
+def test_jpegs_of_any_colour_space_decode_to_rgb() -> None:
+    for image in (RGB, GREY, RGB.convert("CMYK")):
+        data = saved(image, "JPEG", quality=95)
+        pixels = decode(data, max_pixels=LIMIT)
+        assert pixels.shape == (3, 37, 53)
+        assert torch.equal(pixels, decode(data, max_pixels=LIMIT))
+        difference = pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(image.convert("RGB"))
+        assert abs(difference).mean() < 3, image.mode
+    grey = decode(saved(GREY, "JPEG"), max_pixels=LIMIT)
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(RGB, "JPEG", exif=exif)
+    assert image_size(turned) == (37, 53)
+    assert torch.equal(decode(turned, max_pixels=LIMIT), decode(saved(RGB, "JPEG"), max_pixels=LIMIT))
+
+
+def test_no_warning_comes_from_decoding() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(encode(PIXELS, "jpg"), max_pixels=LIMIT)
+        decode(encode(PIXELS, "png"), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "zero bytes"),
+        (b"this is a text, not a picture", "29 bytes that start with 'this is a te', no known image format"),
+        (b"\xff\xd8\xff", "cut inside the header"),
+        (encode(PIXELS, "jpg")[:100], "cut inside the header"),
+        (encode(PIXELS, "png")[:20], "cut inside the header"),
+        (encode(PIXELS, "jpg")[:-300], "incomplete or truncated"),
+        (encode(PIXELS, "jpg")[:-2], "incomplete or truncated"),
+        (encode(PIXELS, "png")[:-300], "PNG of"),
+        (saved(RGB, "WEBP")[:-100], "bytes"),
+        (saved(RGB, "BMP")[:-100], "truncated"),
+        (saved(RGB.convert("CMYK"), "JPEG")[:-100], "truncated"),
+        (b"\xff\xd8\xff\xe0\x00\x01", "segment of negative length"),
+        (b"\xff\xd8\xff\xd9", "without a frame header"),
+        (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "mode F"),
+    ],
+)
+def test_what_is_no_whole_image_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(BadImageError, match="an image is a whole file of a known format") as caught:
+        decode(data, max_pixels=LIMIT)
+    assert message in str(caught.value)
+    assert "limits.bad_images" in str(caught.value)
+
+
+def png_bomb(side_px: int) -> bytes:
+    """A small PNG whose header claims a huge image and whose data would fill it."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side_px, side_px, 8, 0, 0, 0, 0)
+    squeezer = zlib.compressobj(9)
+    rows = b"".join(squeezer.compress(bytes(side_px + 1)) for _ in range(side_px)) + squeezer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    bomb = png_bomb(4_000)  # 16 KB that would be 48 MB
+    assert len(bomb) < 20_000
+    with pytest.raises(BadImageError) as caught:
+        decode(bomb, max_pixels=15_999_999)
+    assert str(caught.value) == (
+        "an image has at most 15999999 pixels; got 4000 x 4000 px by its header, not decoded. "
+        "Next: raise limits.pixels, or leave the image out."
+    )
+    assert decode(bomb, max_pixels=16_000_000).shape == (3, 4000, 4000)
+    # Only a header, with nothing behind it: an attempt to decode would complain about the missing data instead.
+    for header in (bomb[:33], encode(PIXELS, "jpg")[:300], saved(RGB, "BMP")[:54], saved(RGB, "PPM")[:20]):
+        with pytest.raises(BadImageError, match="by its header, not decoded"):
+            decode(header, max_pixels=10)
+
+
+def test_a_jpeg_frame_behind_long_segments_and_fill_bytes_is_found() -> None:
+    data = encode(PIXELS, "jpg")
+    comment = b"\xff\xff\xff\xfe" + (60_002).to_bytes(2, "big") + b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03" * 6_000
+    commented = data[:2] + comment + data[2:]
+    assert image_size(commented) == (37, 53)
+    assert torch.equal(decode(commented, max_pixels=LIMIT), decode(data, max_pixels=LIMIT))
+
+
+def test_image_hash_is_of_the_encoded_bytes() -> None:
+    assert image_hash(b"kddata") == 0xBF9D35C672C9A64C  # stores hold it: it must never change
+
+
+def test_real_photos_decode_as_pillow_reads_them() -> None:
+    data_dir = Path(os.environ.get("KDDATA_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+    shard = data_dir / "imagenet_photos" / "shard-00000.tar"
+    if not shard.exists():
+        pytest.skip(f"no real photos at {shard}")
+    with tarfile.open(shard) as tar:
+        photos = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
+    for data in photos[:40]:
+        pixels = decode(data, max_pixels=10**8)
+        expected = pillow_rgb(data)
+        assert image_size(data) == expected.shape[:2]
+        # Two builds of libjpeg-turbo: the same integers but for rounding in colour conversion.
+        assert abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
