@@ -13,7 +13,7 @@ LAYERS = [
     {"views", "labels"},
     {"cards"},  # values too; a spec holds a plan, and temperatures as labels declare them
     {"images", "teacher", "nets", "store", "order", "losses", "evaluation"},
-    {"labelling", "reader", "runs"},
+    {"labelling", "reader"},
     {"replay", "care"},
     {"training", "report"},
     {"config", "cluster", "console"},

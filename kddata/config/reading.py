@@ -1,8 +1,7 @@
-"""Job files: YAML plus `key=value` overrides, checked, and turned into the plain jobs that the rest of kddata takes.
+"""Reading a job file: YAML plus `key=value` overrides, checked against a model, with every fault listed at once.
 
-Every key here does something; an unknown one is an error that names the nearest. Nothing below this module knows
-pydantic or YAML. Trade-off: values are checked strictly (k: "10" is refused), so that a slip of quoting is found
-here and not an hour into a run.
+Trade-off: values are checked strictly (k: "10" is refused), so that a slip of quoting is found here and not an hour
+into a run.
 """
 
 from __future__ import annotations
@@ -12,96 +11,24 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kddata.errors import ConfigError
 
+Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Rgb = tuple[float, float, float]
-Range = tuple[float, float]
-
-IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
-IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Location = str | tuple[str, ...]
 
 
 class Section(BaseModel):
     """A part of a job file: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Teacher(Section):
-    """`teacher:` who is asked."""
-
-    arch: str
-    weights: str | None = None
-    num_classes: Count
-    size_px: Count
-    mean: Rgb = IMAGENET_MEAN
-    std: Rgb = IMAGENET_STD
-    class_names: str | None = None
-    batch_size: Count = 16
-    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
-
-
-class Views(Section):
-    """`views:` what is cut from each image. policy center: the evaluation view at the teacher's input size."""
-
-    per_image: Count = 1
-    seed: int = 0
-    policy: Literal["none", "center"] = "none"
-    area: Range = (0.08, 1.0)
-    aspect: Range = (3 / 4, 4 / 3)
-    flip_p: Share = 0.5
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-
-class Labels(Section):
-    """`labels:` what is kept of each answer."""
-
-    k: Count
-    temperatures: tuple[Positive, ...] = (1.0,)
-    codec: Literal["exact"] = "exact"
-
-
-class Units(Section):
-    """`units:` how work and label files are cut: at most so many images of one image shard, and views (null: all)."""
-
-    images: Count = 1024
-    views: Count | None = None
-
-
-class Limits(Section):
-    """`limits:` bad_images is the share of images that may be unreadable; pixels the most that one image may have."""
-
-    bad_images: Share = 0.001
-    pixels: Count = 100_000_000
-
-
-class LabelCluster(Section):
-    """`cluster:` of a label job: processes that hold a teacher, and what each of them gets."""
-
-    teachers: Count = 1
-    gpus_per_teacher: Annotated[float, Field(ge=0)] = 0
-    threads_per_teacher: Count = 1
-
-
-class LabelFile(Section):
-    """A label job: images x views x teacher -> a store."""
-
-    images: str | tuple[str, ...]
-    store: str
-    teacher: Teacher
-    views: Views = Views()
-    labels: Labels
-    units: Units = Units()
-    limits: Limits = Limits()
-    cluster: LabelCluster = LabelCluster()
 
 
 File = TypeVar("File", bound=Section)
@@ -183,11 +110,11 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for name, _ in node.value:
-            if name.value in seen:
+        names = [name for name, _ in node.value]
+        values = [name.value for name in names]
+        for i, name in enumerate(names):
+            if name.value in values[:i]:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name.value!r} twice", name.start_mark)
-            seen.add(name.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -201,3 +128,13 @@ def _parse(text: str, *, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError("a job file and its overrides are YAML", actual=reason, where=where) from error
+
+
+def absolute(location: str) -> str:
+    """A location of which a plain path has become absolute, since workers run elsewhere; URLs stay."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def all_absolute(location: Location) -> Location:
+    """`absolute` for one location or a list of them."""
+    return absolute(location) if isinstance(location, str) else tuple(map(absolute, location))

@@ -1,0 +1,182 @@
+"""Labelling on Ray: units are the rows of a Ray Dataset, and a pool of actors, each with its teacher, labels them.
+
+An actor reads, cuts, asks and publishes a unit on its own and gives back a receipt, so that no pixel travels through
+Ray. Ray schedules, replaces dead actors (the unit in hand is done again) and grows nothing in the driver: units go in
+by windows. Deliberately not used: Ray Data's file sinks and checkpoints; what is done is what has a receipt in the
+store. Trade-off: decoding shares a node with the teacher it feeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+from torch import Tensor
+
+from kddata import labelling
+from kddata.cards import TeacherCard
+from kddata.cluster.resources import require_room, require_shared
+from kddata.cluster.session import connected
+from kddata.errors import KddataError, StoreMissingError
+from kddata.images import open_source
+from kddata.labelling import Labelled, LabellingJob
+from kddata.store import LabelStore, Receipt, Unit
+from kddata.teacher import Answers
+
+WINDOW_UNITS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a labelling run stands, earlier runs included.
+
+    Attributes:
+        views, total_views: labelled, and to be labelled; the views of bad images count as labelled.
+        bad_images: images that could not be used.
+        correct: views whose most probable class is the ground truth, of the `labelled` ones that have one.
+    """
+
+    views: int
+    total_views: int
+    bad_images: int
+    correct: int
+    labelled: int
+
+
+def label(
+    job: LabellingJob,
+    *,
+    teachers: int = 1,
+    gpus_per_teacher: float = 0,
+    on_standing: Callable[[Standing], None] = lambda standing: None,
+    window_units: int = WINDOW_UNITS,
+) -> Labelled:
+    """The finished store of a job, labelled by `teachers` processes; units that are finished already are kept.
+
+    Each process reserves `job.threads` CPUs and `gpus_per_teacher` GPUs; with any, its teacher is on a GPU.
+
+    Raises ResourceError where the cluster has no room, ConfigError where its nodes would not see one store or source,
+    and what `labelling.label_store` raises. Whatever ends it, the same call goes on from there.
+    """
+    with contextlib.suppress(StoreMissingError):
+        LabelStore.open(job.store)  # finished: Ray need not start to see whether it is the one that is asked for
+        return Labelled(store=labelling.prepare(job), new_units=0)
+    with connected():
+        require_shared({"images": job.images, "store": job.store, "teacher.weights": job.teacher.weights})
+        require_room("teachers", teachers, cpus=job.threads, gpus=gpus_per_teacher, key="cluster.teachers")
+        store = labelling.prepare(job)
+        units, tally = labelling.missing_units(store), _Tally(store)
+        labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
+        on_standing(tally.standing())
+        for start in range(0, len(units), window_units):
+            window = units[start : start + window_units]
+            for receipt in _label_units(job, store, window, teachers=teachers, gpus=gpus_per_teacher):
+                tally.add(receipt)
+                on_standing(tally.standing())
+                labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
+        labelling.finish(store, limit=job.bad_images)
+    return Labelled(store=store, new_units=len(units))
+
+
+def _label_units(
+    job: LabellingJob, store: LabelStore, units: list[Unit], *, teachers: int, gpus: float
+) -> Iterator[Receipt]:
+    """The receipts of these units, as they are finished."""
+    device = "cuda" if gpus else "cpu"
+    rows = [{"unit": i} for i in range(len(units))]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Labeller,
+        fn_constructor_kwargs={"job": dataclasses.replace(job, device=device), "store": store, "units": units},
+        batch_size=1,
+        num_cpus=job.threads,
+        num_gpus=gpus or None,
+        compute=ActorPoolStrategy(
+            size=min(teachers, len(units)),
+            max_concurrent_calls_per_actor=2,  # the next unit is read while this one is being published
+            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=4,
+        ),
+    )
+    dataset.context.enable_progress_bars = False  # ours is fed by receipts
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for row in dataset.iter_rows():
+        outcome = row["outcome"]
+        if isinstance(outcome, KddataError):
+            raise outcome
+        yield outcome
+
+
+class Labeller:
+    """One actor: a teacher, and the units that are given to it."""
+
+    def __init__(self, job: LabellingJob, store: LabelStore, units: list[Unit]) -> None:
+        torch.set_num_threads(job.threads)
+        self._job, self._store, self._units = job, store, units
+        self._source = open_source(job.images)
+        self._teacher: Answers | None = None
+        self._loading = threading.Lock()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The receipt of a unit; or the error for a user, as a value: raised, it would lose its parts inside Ray's."""
+        (i,) = batch["unit"]
+        outcome = np.empty(1, dtype=object)
+        try:
+            with self._loading:  # not in __init__, where an error would have Ray try again and again
+                if self._teacher is None:
+                    self._teacher = _OneAtATime(labelling.load_job_teacher(self._job))
+            unit, pixels = self._units[i], self._job.max_pixels
+            outcome[0] = labelling.label_unit(self._store, unit, self._source, self._teacher, max_pixels=pixels)
+        except KddataError as error:
+            outcome[0] = error
+        return {"outcome": outcome}
+
+
+class _OneAtATime:
+    """A teacher that two threads share."""
+
+    def __init__(self, teacher: Answers) -> None:
+        self._teacher, self._lock = teacher, threading.Lock()
+
+    @property
+    def card(self) -> TeacherCard:
+        return self._teacher.card
+
+    def __call__(self, pixels_u8_B3SS: Tensor) -> Tensor:
+        with self._lock:
+            return self._teacher(pixels_u8_B3SS)
+
+
+class _Tally:
+    """Sums over the receipts of a store: those that were there, and those that come."""
+
+    def __init__(self, store: LabelStore) -> None:
+        self._views_per_unit = {unit.number: (unit.stop - unit.start) * unit.num_views for unit in store.units()}
+        self._total_views = sum(self._views_per_unit.values())
+        self._views = self._correct = self._labelled = 0
+        self.bad: dict[str, str] = {}
+        for receipt in store.finished().values():
+            self.add(receipt)
+
+    def add(self, receipt: Receipt) -> None:
+        self._views += self._views_per_unit[receipt.unit]
+        self._correct += receipt.correct
+        self._labelled += receipt.labelled
+        self.bad.update(receipt.bad)
+
+    def standing(self) -> Standing:
+        return Standing(
+            views=self._views,
+            total_views=self._total_views,
+            bad_images=len(self.bad),
+            correct=self._correct,
+            labelled=self._labelled,
+        )

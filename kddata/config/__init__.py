@@ -1,0 +1,11 @@
+"""Job files: what a person writes, checked, and turned into the plain jobs that the rest of kddata takes.
+
+Every key does something; an unknown one is an error that names the nearest. Nothing below this package knows pydantic
+or YAML.
+"""
+
+from kddata.config.label import LabelFile, label_job
+from kddata.config.reading import load
+from kddata.config.train import TrainFile, train_job
+
+__all__ = ["LabelFile", "TrainFile", "label_job", "load", "train_job"]

@@ -1,0 +1,142 @@
+"""The label job file, and the plain job that it stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from kddata.config.reading import Count, Location, NotNegative, Positive, Section, Share, absolute, all_absolute
+from kddata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kddata.labelling import LabellingJob
+
+Rgb = tuple[float, float, float]
+Range = tuple[float, float]
+
+IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
+IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+
+
+class Teacher(Section):
+    """`teacher:` who is asked. class_names: a text file, one name a line, by which the class list is known later."""
+
+    arch: str
+    weights: str | None = None
+    num_classes: Count
+    size_px: Count
+    mean: Rgb = IMAGENET_MEAN
+    std: Rgb = IMAGENET_STD
+    class_names: str | None = None
+    batch_size: Count = 16
+    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
+
+
+class Views(Section):
+    """`views:` what is cut from each image. policy center: the evaluation view at the teacher's input size."""
+
+    per_image: Count = 1
+    seed: int = 0
+    policy: Literal["none", "center"] = "none"
+    area: Range = (0.08, 1.0)
+    aspect: Range = (3 / 4, 4 / 3)
+    flip_p: Share = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class Labels(Section):
+    """`labels:` what is kept of each answer."""
+
+    k: Count
+    temperatures: tuple[Positive, ...] = (1.0,)
+    codec: Literal["exact"] = "exact"
+
+
+class Units(Section):
+    """`units:` how work and label files are cut: at most so many images of one image shard, and views (null: all)."""
+
+    images: Count = 1024
+    views: Count | None = None
+
+
+class Limits(Section):
+    """`limits:` bad_images is the share of images that may be unreadable; pixels the most that one image may have."""
+
+    bad_images: Share = 0.001
+    pixels: Count = 100_000_000
+
+
+class LabelCluster(Section):
+    """`cluster:` of a label job: processes that hold a teacher, and what each of them gets."""
+
+    teachers: Count = 1
+    gpus_per_teacher: NotNegative = 0
+    threads_per_teacher: Count = 1
+
+
+class LabelFile(Section):
+    """A label job: images x views x teacher -> a store."""
+
+    images: Location
+    store: str
+    teacher: Teacher
+    views: Views = Views()
+    labels: Labels
+    units: Units = Units()
+    limits: Limits = Limits()
+    cluster: LabelCluster = LabelCluster()
+
+
+def label_job(file: LabelFile) -> LabellingJob:
+    """The plain job of a label file. Paths become absolute.
+
+    Raises ConfigError for values that no plan of views can have, or a class list that cannot be read.
+    """
+    from kddata.labelling import LabellingJob
+    from kddata.teacher import TeacherArgs
+    from kddata.views import ViewPlan
+
+    teacher, views = file.teacher, file.views
+    return LabellingJob(
+        images=all_absolute(file.images),
+        store=absolute(file.store),
+        teacher=TeacherArgs(
+            arch=teacher.arch,
+            weights=None if teacher.weights is None else absolute(teacher.weights),
+            num_classes=teacher.num_classes,
+            size_px=teacher.size_px,
+            mean=teacher.mean,
+            std=teacher.std,
+            class_names=None if teacher.class_names is None else read_class_names(teacher.class_names),
+        ),
+        plan=ViewPlan(
+            seed=views.seed,
+            policy=views.policy,
+            area=views.area,
+            aspect=views.aspect,
+            flip_p=views.flip_p,
+            interpolation=views.interpolation,
+            center_px=teacher.size_px if views.policy == "center" else None,
+        ),
+        views_per_image=views.per_image,
+        k=file.labels.k,
+        temperatures=file.labels.temperatures,
+        codec=file.labels.codec,
+        unit_images=file.units.images,
+        unit_views=file.units.views,
+        bad_images=file.limits.bad_images,
+        max_pixels=file.limits.pixels,
+        batch_size=teacher.batch_size,
+        threads=file.cluster.threads_per_teacher,
+        memory_format=teacher.memory_format,
+    )
+
+
+def read_class_names(url: str) -> tuple[str, ...]:
+    """The names in a text file, one a line. Raises ConfigError where it cannot be read."""
+    import fsspec
+
+    try:
+        with fsspec.open(absolute(url), "rt", encoding="utf-8") as file:
+            return tuple(file.read().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("a class list is a text file, one name a line", actual=error, where=url) from error

@@ -1,0 +1,110 @@
+"""The train job file, and the plain job that it stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from kddata.config.reading import Count, Location, NotNegative, Positive, Section, Share, absolute, all_absolute
+from kddata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kddata.training import TrainingJob
+
+
+class Student(Section):
+    """`student:` who learns."""
+
+    arch: str
+    num_classes: Count
+    weights: str | None = None
+
+
+class Data(Section):
+    """`data:` rows of a step over all workers, side of the student's input, seed of order and weights."""
+
+    batch_size: Count
+    size_px: Count
+    seed: int = 0
+
+
+class Optimizer(Section):
+    """`optimizer:` how the student learns."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: NotNegative = 0.0
+    epochs: Count
+
+
+class Evaluate(Section):
+    """`evaluate:` images with ground truth, looked at every so many epochs and after the last."""
+
+    images: Location
+    every_epochs: Count = 1
+
+
+class RunPlace(Section):
+    """`run:` the folder storage/name holds checkpoints and the result; the same name goes on where it stopped."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    storage: str = "runs"
+    checkpoint_steps: Count | None = None
+
+
+class TrainCluster(Section):
+    """`cluster:` of a train job: workers (ranks), what each of them gets, and how often dead ones are replaced."""
+
+    workers: Count = 1
+    gpus_per_worker: NotNegative = 0
+    threads_per_worker: Count = 1
+    loader_processes: Annotated[int, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+
+class TrainFile(Section):
+    """A train job: a store -> a student. `method` is {name, and the arguments of that loss}."""
+
+    store: str
+    images: Location | None = None
+    student: Student
+    method: dict[str, Any]
+    data: Data
+    optimizer: Optimizer
+    evaluate: Evaluate | None = None
+    run: RunPlace
+    cluster: TrainCluster = TrainCluster()
+
+
+def train_job(file: TrainFile) -> TrainingJob:
+    """The plain job of a train file. Paths become absolute, since workers run elsewhere.
+
+    Raises ConfigError for a method or an argument of it that does not exist.
+    """
+    from kddata import losses, training
+
+    if not isinstance(file.method.get("name"), str):
+        raise ConfigError("a method has a name", actual=file.method, where="method", fix="such as {name: kd}")
+    losses.make(**file.method)
+    student, evaluate = file.student, file.evaluate
+    return training.TrainingJob(
+        store=absolute(file.store),
+        run=absolute(file.run.storage).rstrip("/") + "/" + file.run.name,
+        student=training.StudentArgs(
+            arch=student.arch,
+            num_classes=student.num_classes,
+            weights=None if student.weights is None else absolute(student.weights),
+        ),
+        method=file.method,
+        data=training.DataArgs(**file.data.model_dump()),
+        optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
+        images=None if file.images is None else all_absolute(file.images),
+        evaluate=None
+        if evaluate is None
+        else training.EvaluationArgs(images=all_absolute(evaluate.images), every_epochs=evaluate.every_epochs),
+        checkpoint_steps=file.run.checkpoint_steps,
+    )

@@ -1,0 +1,206 @@
+"""Job files: the shipped examples, overrides, what is refused and in which words, and the plain jobs they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from kddata.config import LabelFile, TrainFile, label_job, load, train_job
+from kddata.config.reading import Section
+from kddata.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+LABEL: dict[str, Any] = {
+    "images": "a/{00..03}.tar",
+    "store": "out",
+    "teacher": {"arch": "torchvision:resnet18", "weights": "w.safetensors", "num_classes": 10, "size_px": 32},
+    "labels": {"k": 3},
+}
+TRAIN: dict[str, Any] = {
+    "store": "out",
+    "student": {"arch": "torchvision:resnet18", "num_classes": 10},
+    "method": {"name": "kd", "temperature": 4},
+    "data": {"batch_size": 8, "size_px": 32},
+    "optimizer": {"lr": 0.1, "epochs": 2},
+    "run": {"name": "s1"},
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def to_file(data: Any) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+        return path
+
+    return to_file
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_a_job(path: Path) -> None:
+    if path.name.startswith("label"):
+        job = label_job(load(LabelFile, path))
+        assert job.teacher.num_classes == 1000
+    else:
+        assert train_job(load(TrainFile, path)).run.endswith("/runs/shufflenet-kd")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("label.yaml", LabelFile), ("train.yaml", TrainFile)])
+def test_the_full_examples_show_every_key(name: str, kind: type[BaseModel]) -> None:
+    def check(model: type[BaseModel], data: dict[str, Any], where: str) -> None:
+        assert set(data) == set(model.model_fields), where
+        for key, value in data.items():
+            if isinstance(value, dict) and key != "method":
+                (section,) = [
+                    one
+                    for one in (model.model_fields[key].annotation, *get_args(model.model_fields[key].annotation))
+                    if isinstance(one, type) and issubclass(one, BaseModel)
+                ]
+                check(section, value, f"{where}.{key}")
+
+    check(kind, yaml.safe_load((CONFIGS / name).read_text()), name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("label.yaml", LabelFile), ("train.yaml", TrainFile)])
+def test_what_the_full_examples_call_a_default_is_one(write, name: str, kind: type[Section]) -> None:
+    lines = (CONFIGS / name).read_text().splitlines()
+    short = yaml.safe_load("\n".join(line for line in lines if "# default" not in line))
+    assert len([line for line in lines if "# default" in line]) >= 8
+    assert load(kind, write({key: value for key, value in short.items() if value})) == load(kind, CONFIGS / name)
+
+
+def test_overrides_have_dotted_keys_and_yaml_values(write) -> None:
+    overrides = [
+        "labels.k=5",
+        "labels.temperatures=[1, 4]",
+        "views.area=[1e-1, 1]",
+        "store=s3://b/x=y",
+        "units.views=2",
+    ]
+    file = load(LabelFile, write(LABEL), overrides)
+    assert (file.labels.k, file.labels.temperatures, file.views.area) == (5, (1.0, 4.0), (0.1, 1.0))
+    assert (file.store, file.units.views) == ("s3://b/x=y", 2)
+    assert load(LabelFile, write(LABEL), ["units.views=2", "units.views=null"]).units.views is None
+
+
+def test_a_number_with_an_exponent_is_a_number(write) -> None:
+    file = load(TrainFile, write(TRAIN), ["optimizer.weight_decay=1e-4", "optimizer.lr=5E-2"])
+    assert (file.optimizer.weight_decay, file.optimizer.lr) == (1e-4, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["veiws.per_image=2"], "veiws: no such key; the nearest is views"),
+        (["views.flip=0.5"], "views.flip: no such key; the nearest is views.flip_p"),
+        (["num_classes=10"], "num_classes: no such key; the nearest is teacher.num_classes"),
+        (["k=10"], "k: no such key; the nearest is labels.k"),
+        (["zzz=1"], "zzz: no such key; known are images, store, teacher, views"),
+        (["labels.codec=compact"], "labels.codec: input should be 'exact'; got 'compact'"),
+        (["labels.k='10'"], "labels.k: input should be a valid integer; got '10'"),
+        (["labels.k=true"], "labels.k: input should be a valid integer; got True"),
+        (["labels.k=0"], "labels.k: input should be greater than or equal to 1; got 0"),
+        (["labels.temperatures=[.inf]"], "labels.temperatures.0: input should be a finite number"),
+        (["limits.bad_images=2"], "limits.bad_images: input should be less than or equal to 1; got 2"),
+        (["teacher.mean=[0, 0]"], "teacher.mean.2: missing"),
+        (["teacher=resnet"], "teacher: input should be"),
+        (["labels=null"], "labels: input should be"),
+        (["labels.k=[1"], "a job file and its overrides are YAML"),
+        (["labels.k"], "an override is key=value"),
+        (["store.x=1"], "an override goes into a mapping; got store: 'out'"),
+    ],
+)
+def test_a_wrong_label_file_is_refused_in_words(write, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(LabelFile, write(LABEL), overrides)
+    assert message in str(caught.value)
+
+
+def test_every_fault_is_listed_with_the_file(write) -> None:
+    path = write({**LABEL, "labels": {}, "veiws": {}, "cluster": {"teachers": 0}})
+    with pytest.raises(ConfigError) as caught:
+        load(LabelFile, path)
+    text = str(caught.value)
+    assert "3 faults" in text
+    assert all(part in text for part in ("labels.k: missing", "veiws", "cluster.teachers", str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "a job file is a mapping of keys to values; got list"),
+        ("", "a job file is a mapping of keys to values; got NoneType"),
+        ("a: 1\na: 2\n", "the key 'a' twice"),
+        ("x: {k: 1, k: 2}\n", "the key 'k' twice"),
+        ("a: [1\n", "a job file and its overrides are YAML"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("? [a, b]\n: 1\n", "a job file and its overrides are YAML"),
+        ("images: 2024-01-01\n", "store: missing"),
+    ],
+)
+def test_text_that_is_no_job_file(write, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(LabelFile, write(text))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a job file can be read; got .*No such file.*nowhere\.yaml"):
+        load(LabelFile, tmp_path / "nowhere.yaml")
+
+
+def test_a_label_job_has_every_value_and_absolute_paths(write, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(10)))
+    overrides = ["images=[a.tar, s3://b/c.tar]", "views={per_image: 2, seed: 7, flip_p: 0}"]
+    overrides += ["teacher.class_names=names.txt", "units={images: 5, views: 1}"]
+    overrides += ["limits={bad_images: 0.5, pixels: 9}", "cluster.threads_per_teacher=2"]
+    job = label_job(load(LabelFile, write(LABEL), overrides))
+    assert job.images == (f"{tmp_path}/a.tar", "s3://b/c.tar")
+    assert (job.store, job.teacher.weights) == (f"{tmp_path}/out", f"{tmp_path}/w.safetensors")
+    assert job.teacher.class_names is not None
+    assert job.teacher.class_names[9] == "class 9"
+    assert (job.plan.seed, job.plan.flip_p, job.plan.center_px, job.views_per_image) == (7, 0.0, None, 2)
+    assert (job.unit_images, job.unit_views, job.bad_images, job.max_pixels, job.threads) == (5, 1, 0.5, 9, 2)
+
+
+def test_policy_center_takes_the_size_of_the_teacher(write) -> None:
+    job = label_job(load(LabelFile, write(LABEL), ["views={policy: center, interpolation: bicubic}"]))
+    assert (job.plan.center_px, job.plan.interpolation) == (32, "bicubic")
+
+
+def test_a_class_list_that_is_not_there(write) -> None:
+    with pytest.raises(ConfigError, match=r"a class list is a text file, one name a line; got .*No such file"):
+        label_job(load(LabelFile, write(LABEL), ["teacher.class_names=nowhere.txt"]))
+
+
+def test_a_train_job_has_every_value_and_absolute_paths(write, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["evaluate.images=val.tar", "images=moved", "run.storage=r/", "run.checkpoint_steps=5"]
+    job = train_job(load(TrainFile, write(TRAIN), overrides))
+    assert (job.store, job.images, job.run) == (f"{tmp_path}/out", f"{tmp_path}/moved", f"{tmp_path}/r/s1")
+    assert job.evaluate is not None
+    assert (job.evaluate.images, job.checkpoint_steps) == (f"{tmp_path}/val.tar", 5)
+    assert train_job(load(TrainFile, write(TRAIN), ["run.storage=s3://b/r"])).run == "s3://b/r/s1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.temprature=2"], "temperature"),
+        (["method.name=kdd"], "perhaps kd was meant"),
+        (["method={temperature: 2}"], "a method has a name"),
+        (["optimizer.warmup_epochs=9"], "warm-up lies within"),
+        (["run.name=a/b"], "run.name: string should match pattern"),
+        (["run.name=../x"], "run.name: string should match pattern"),
+        (["optimizer.name=adam"], "optimizer.name: input should be 'sgd' or 'adamw'"),
+    ],
+)
+def test_a_wrong_train_file_is_refused_in_words(write, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_job(load(TrainFile, write(TRAIN), overrides))
+    assert message in str(caught.value)
