@@ -6,6 +6,10 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("kddata", deadline=None)  # wall time says nothing on a machine with other work
+settings.load_profile("kddata")
 
 
 @pytest.fixture(scope="session")

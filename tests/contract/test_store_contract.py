@@ -1,7 +1,6 @@
 """What a store promises, wherever it lies: the same tests on local disk, in memory and on S3 over real HTTP."""
 
 import dataclasses
-import logging
 import pickle
 import threading
 import uuid
@@ -14,26 +13,6 @@ from kddata import errors
 from kddata.store import LabelStore, Problem, open_storage, verify_store
 from kddata.store.manifest import MANIFEST, labels_name, receipt_name, seal, unseal
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
-
-
-@pytest.fixture(scope="session")
-def s3_bucket():
-    """A bucket of moto's server, which honours conditional requests, on a free port of this machine."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    fsspec = pytest.importorskip("fsspec")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket"
-    running.stop()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -93,9 +72,14 @@ def test_a_stream_is_seen_whole_or_not_at_all(url):
         out.write(memoryview(b"two"))
         assert storage.sizes("a").get("a/b") is None
     assert (out.num_bytes, storage.read("a/b")) == (6, b"onetwo")
-    with pytest.raises(RuntimeError, match="power"), storage.replacing("a/b") as out:
-        out.write(b"half")
-        raise RuntimeError("power")
+
+    def die_half_way():
+        with storage.replacing("a/b") as out:
+            out.write(b"half")
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        die_half_way()
     assert storage.sizes() == {"a/b": 6}
     with storage.replacing("a/b") as out:
         out.write(b"3")
@@ -141,21 +125,21 @@ def test_a_store_gives_back_what_was_written(url):
     assert opened.verify() == []
 
 
-def test_files_depend_on_nothing_but_the_rows(url, tmp_path):
+def test_files_depend_on_nothing_but_the_rows(url):
     """Neither the place, nor the order of units, nor the pieces in which rows come, nor an earlier attempt."""
-    small_store(str(tmp_path / "other"))
+    other = small_store(f"memory://{uuid.uuid4().hex}")
     store = begin_small_store(url)
     for unit in reversed(store.units()):
         rows = made_up_rows(store, unit)
         store.write_unit(unit, (rows.take([i]) for i in range(len(rows))))
     store.commit()
-    assert _contents(url) == _contents(str(tmp_path / "other"))
+    assert _contents(url) == _contents(other.url)
 
 
-@pytest.mark.parametrize("done", range(8))
-def test_labelling_goes_on_where_receipts_end(url, tmp_path, done):
-    """Stop after every unit, with an unacknowledged shard behind, or after the commit."""
-    small_store(str(tmp_path / "undisturbed"))
+@pytest.mark.parametrize("done", [0, 3, 6, 7])
+def test_labelling_goes_on_where_receipts_end(url, done):
+    """Stop before, between and after units, with an unacknowledged shard behind, or after the commit."""
+    undisturbed = small_store(f"memory://{uuid.uuid4().hex}")
     store = begin_small_store(url)
     for unit in store.units()[:done]:
         _write(store, unit)
@@ -175,7 +159,7 @@ def test_labelling_goes_on_where_receipts_end(url, tmp_path, done):
         if unit.number not in finished:
             _write(again, unit)
     again.commit()
-    assert _contents(url) == _contents(str(tmp_path / "undisturbed"))
+    assert _contents(url) == _contents(undisturbed.url)
 
 
 def test_a_finished_unit_is_not_read_again(url):
@@ -207,7 +191,7 @@ def test_a_store_with_units_missing_is_neither_committed_nor_opened(url):
         _write(store, store.units()[number])
     with pytest.raises(errors.StoreMissingError, match="every unit is finished; got 4 of 6 are not, the first is 1"):
         store.commit()
-    with pytest.raises(errors.StoreMissingError, match="2 finished units and no manifest.*run the same label command"):
+    with pytest.raises(errors.StoreMissingError, match=r"2 finished units and no manifest.*run the same"):
         LabelStore.open(url)
     with pytest.raises(errors.StoreMissingError, match="labelling has finished"):
         store.read(0)
@@ -300,9 +284,7 @@ def test_a_folder_of_other_things_is_left_alone(url):
 
 def test_nothing_there(url):
     for call in (LabelStore.open, verify_store):
-        with pytest.raises(
-            errors.StoreMissingError, match=r"a label store is a folder with a manifest.*check the path"
-        ):
+        with pytest.raises(errors.StoreMissingError, match=r"is a folder with a manifest.*check the path"):
             call(url)
 
 
@@ -326,6 +308,7 @@ def test_every_kind_of_damage_is_found_and_named(url):
     store = small_store(url)
     storage = store.storage
     whole = storage.read(labels_name(1))
+    sizes = [unit["bytes"] for unit in store.manifest["units"]]
     with storage.replacing(labels_name(1)) as out:
         out.write(whole[:-8])
     with storage.replacing(labels_name(2)) as out:
@@ -335,15 +318,13 @@ def test_every_kind_of_damage_is_found_and_named(url):
     assert {problem.file: problem.reason.split(":")[0] for problem in store.verify()} == {
         "index/00002.arrow": "missing",
         labels_name(1): f"has {len(whole) - 8} bytes instead of {len(whole)}",
-        labels_name(
-            2
-        ): f"has {len(storage.read(labels_name(0)))} bytes instead of {store.manifest['units'][2]['bytes']}",
+        labels_name(2): f"has {sizes[0]} bytes instead of {sizes[2]}",
         "labels/000077.arrow": "extra",
     }
     for number in (1, 2):
         with pytest.raises(errors.StoreDamagedError, match=f"00000{number}.arrow"):
             store.read(number)
-    with pytest.raises(errors.StoreDamagedError, match="no such file.*00002.arrow"):
+    with pytest.raises(errors.StoreDamagedError, match=r"no such file.*00002\.arrow"):
         LabelStore.open(url).read_index(store.units()[5])
 
 
