@@ -238,9 +238,8 @@ class MemoryStorage:
                 self._fs.rm_file(f"{self._root}/{name}")
 
     def remove_folder(self, folder: str) -> None:
-        with _MEMORY_LOCK:
-            if self._fs.exists(f"{self._root}/{folder}"):
-                self._fs.rm(f"{self._root}/{folder}", recursive=True)
+        for name in self.sizes(folder):  # fsspec's recursive rm reads [ and * in a path as patterns
+            self.remove(name)
 
 
 class S3Storage:

@@ -17,10 +17,11 @@ from kddata.testing import begin_small_store, made_up_rows, small_spec, small_st
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def url(request, tmp_path):
-    """A fresh place for a store."""
+    """A fresh place for a store, with signs in its name that could be taken for a pattern."""
+    name = f"a [b]* c/{uuid.uuid4().hex}"
     if request.param == "s3":
-        return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
-    return str(tmp_path / "deep" / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+        return f"{request.getfixturevalue('s3_bucket')}/{name}"
+    return str(tmp_path / name) if request.param == "local" else f"memory://{name}"
 
 
 def _contents(url):
