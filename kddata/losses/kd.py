@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kddata.errors import ConfigError, LabelError
 from kddata.labels import SoftLabels
+from kddata.losses.fused import fused_kd_loss, kernels_for
 from kddata.losses.hard import Reduction, check_logits, hard_term, row_weights
 from kddata.losses.rows import TAILS, HardTerm, RowStats, SoftTerm, Tail, row_losses
 
@@ -69,7 +70,8 @@ def kd_loss(
         alpha: share of the soft term, from 0 to 1.
         label_smoothing, targets2_B, lam: of the hard term, as in `hard_loss`.
         weights_B: factors of the rows' losses.
-        backend: auto is triton on CUDA where it is installed, else torch. triton on CPU needs TRITON_INTERPRET=1.
+        backend: auto is triton on CUDA where it is installed (not for float64), else torch. triton on CPU needs
+            TRITON_INTERPRET=1.
         on_stats: called once with the RowStats of this batch.
         debug: check the contents of labels and targets too (class ids in range and distinct); waits for a GPU.
 
@@ -91,11 +93,16 @@ def kd_loss(
         debug=debug,
     )
     check_batch(student_logits_BC, labels, targets_B, args)
-    soft, hard = kd_terms(student_logits_BC, labels, targets_B, args, all_terms=on_stats is not None)
-    loss_B, stats = row_losses(student_logits_BC, soft, hard, stats=on_stats is not None)
+    kernels, want_stats = kernels_for(args, student_logits_BC, labels), on_stats is not None
+    if kernels is not None:
+        loss, stats = fused_kd_loss(kernels, student_logits_BC, labels, targets_B, args, stats=want_stats)
+    else:
+        soft, hard = kd_terms(student_logits_BC, labels, targets_B, args, all_terms=want_stats)
+        loss, stats = row_losses(student_logits_BC, soft, hard, stats=want_stats)
+        loss = loss if reduction == "none" else loss.sum()
     if on_stats is not None and stats is not None:
         on_stats(stats)
-    return loss_B if reduction == "none" else loss_B.sum()
+    return loss
 
 
 @dataclass(frozen=True, kw_only=True)

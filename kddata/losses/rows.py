@@ -79,7 +79,7 @@ def row_losses(
     logits_BC: Tensor, soft: SoftTerm | None, hard: HardTerm | None, *, stats: bool = False
 ) -> tuple[Tensor, RowStats | None]:
     """(loss_B, statistics): the weighted sum of the terms in every row, differentiable once in the logits alone."""
-    loss_B, *rest = _RowLosses.apply(logits_BC, soft, hard, stats)  # type: ignore[no-untyped-call]
+    loss_B, *rest = _RowLosses.apply(logits_BC, soft, hard, stats)
     return loss_B, RowStats(*rest) if stats else None
 
 
@@ -122,7 +122,7 @@ def loss_and_grad(
             part = take(soft, rows)
             kl, q_t, grad_z = _soft(x, part, want_grad=grad is not None, want_tail=stats)
             loss_B[rows] += part.weight_B * kl
-            if found is not None:
+            if found is not None and q_t is not None:
                 found.kl_B[rows], found.tail_B[rows] = kl, q_t
             if grad_z is not None:
                 grad = grad_z.mul_(part.weight_B[:, None] / part.temperature)
@@ -145,7 +145,8 @@ def chunks(num_rows: int, step: int) -> list[slice]:
 def take(term: Term, rows: slice) -> Term:
     """Some rows of a term."""
     fields = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
-    return dataclasses.replace(term, **{key: x[rows] for key, x in fields.items() if isinstance(x, Tensor)})
+    parts: dict[str, Any] = {key: x[rows] for key, x in fields.items() if isinstance(x, Tensor)}
+    return dataclasses.replace(term, **parts)
 
 
 def _soft(
