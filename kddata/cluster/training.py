@@ -55,7 +55,7 @@ def train(
     Raises ResourceError where the cluster has no room, ConfigError where nodes would not see one store or run, and
     what `training.train` raises.
     """
-    training.begin(job, world_size=workers)  # what is wrong with the job is found before anything starts
+    training.check(job, world_size=workers)  # what is wrong with the job is found before anything starts
     result = training.finished(job)
     if result is not None:
         return result

@@ -1,7 +1,7 @@
 """Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
 
 from kddata.training.job import DataArgs, EvaluationArgs, OptimizerArgs, StudentArgs, TrainingJob
-from kddata.training.loop import Progress, TrainingResult, begin, finished, train
+from kddata.training.loop import Progress, TrainingResult, check, finished, train
 from kddata.training.predict import Predictions, normaliser, predict
 from kddata.training.steps import Step, training_steps
 
@@ -15,7 +15,7 @@ __all__ = [
     "StudentArgs",
     "TrainingJob",
     "TrainingResult",
-    "begin",
+    "check",
     "finished",
     "normaliser",
     "predict",

@@ -14,13 +14,15 @@ import torch
 from kddata import order
 from kddata.cards import canonical_json
 from kddata.errors import ConfigError, ResourceError, StoreMismatchError
+from kddata.images import open_source
 from kddata.losses import Method
+from kddata.reader import open_images
 from kddata.store import LabelStore
 from kddata.training.job import TrainingJob
 
 
 def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: int) -> None:
-    """Refuses, before anything is built, a job that cannot work on this store."""
+    """Refuses, before anything is built, a job that cannot work on this store, or whose images are not there."""
     spec = store.spec
     if job.student.num_classes != spec.teacher.num_classes:
         raise StoreMismatchError(
@@ -45,6 +47,9 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
             actual=f"{world_size} workers and a step of {fewest} rows",
             fix="use fewer workers or a larger data.batch_size",
         )
+    open_images(store, job.images)
+    if job.evaluate is not None:
+        open_source(job.evaluate.images).shard_names()
 
 
 def identity(job: TrainingJob, store: LabelStore) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from kddata.replay import Batch, Replay, evaluation_loader, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
 from kddata.training.checks import check_job, content_sha256, identity, require_same_start
-from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
+from kddata.training.job import OptimizerArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
 from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
@@ -100,12 +100,13 @@ def train(
     name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step.
     """
     torch.set_num_threads(threads)
-    store, method, run = begin(job, world_size=world_size)
+    store, method, run = check(job, world_size=world_size)
     result = finished(job)
     if result is not None:
         _log.info("%s has finished already; nothing is done", job.run)
         return result
 
+    on_gpu = device.startswith("cuda")
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, device)
     student = _student(job, pixels_of, device)
@@ -129,11 +130,22 @@ def train(
         world_size=world_size,
         teacher_px=None if teach is None else store.spec.teacher.size_px,
     )
+    exam = None
+    if job.evaluate is not None and rank == 0:
+        exam = evaluation_loader(
+            open_source(job.evaluate.images),
+            size_px=job.data.size_px,
+            interpolation=store.spec.plan.interpolation,
+            num_workers=num_workers,
+            pin_memory=on_gpu,
+        )
+    run.begin(identity(job, store))
+
     per_epoch = replay.steps_per_epoch
     num_steps = job.optimizer.epochs * per_epoch
     steps = training_steps(
         wrap(student),
-        step_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=device != "cpu"),
+        step_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=on_gpu),
         optimizer,
         method,
         first_step=len(loss_S),
@@ -166,8 +178,8 @@ def train(
                 "data_wait": of_epoch.data_wait,
                 "seconds": of_epoch.seconds,
             }
-            if rank == 0 and job.evaluate is not None and job.evaluate.is_due(len(epochs), job.optimizer.epochs):
-                record |= _evaluate(job.evaluate, student, pixels_of, job.data.size_px, store)
+            if exam is not None and job.evaluate is not None and job.evaluate.is_due(len(epochs), job.optimizer.epochs):
+                record |= predict(student, exam, pixels_of).score().summary()
             epochs.append(record)
             of_epoch = Meter()
         if save:
@@ -196,8 +208,8 @@ def train(
     return result
 
 
-def begin(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method, Run]:
-    """The store, the method and the run of a job, checked against each other; the run's folder is claimed for it.
+def check(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method, Run]:
+    """The store, the method and the run of a job, checked against each other. Nothing is written.
 
     Raises what `train` raises before its first step, apart from what building the student and the teacher finds.
     """
@@ -205,7 +217,7 @@ def begin(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method,
     method = losses.make(**job.method)
     check_job(job, store, method, world_size)
     run = Run(job.run)
-    run.begin(identity(job, store))
+    run.check(identity(job, store))
     return store, method, run
 
 
@@ -259,13 +271,6 @@ def _optimizer(args: OptimizerArgs, network: nn.Module) -> Optimizer:
         betas = (args.momentum, 0.999)
         return torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-
-
-def _evaluate(
-    args: EvaluationArgs, student: nn.Module, pixels_of: Callable[[Tensor], Tensor], size_px: int, store: LabelStore
-) -> dict[str, float]:
-    batches = evaluation_loader(open_source(args.images), size_px=size_px, interpolation=store.spec.plan.interpolation)
-    return predict(student, batches, pixels_of).score().summary()
 
 
 def _card(job: TrainingJob, store: LabelStore, student: nn.Module, last: Mapping[str, Any]) -> dict[str, Any]:

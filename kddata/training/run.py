@@ -32,11 +32,13 @@ class Run:
     def __init__(self, url: str) -> None:
         self._files = open_storage(url)
 
-    def begin(self, job: Mapping[str, Any]) -> None:
-        """Claims the folder for a job, or joins an equal one. Raises ConfigError naming the fields that differ."""
-        if self._files.create("job.json", canonical_json(job).encode()):
+    def check(self, job: Mapping[str, Any]) -> None:
+        """Raises ConfigError naming the fields in which a run of this name was begun with another job."""
+        try:
+            begun = json.loads(self._files.read("job.json"))
+        except FileNotFoundError:
             return
-        found = differences(json.loads(self._files.read("job.json")), json.loads(canonical_json(job)))
+        found = differences(begun, json.loads(canonical_json(job)))
         if found:
             raise ConfigError(
                 "a run keeps the job that it was begun with",
@@ -44,6 +46,11 @@ class Run:
                 where=self._files.url,
                 fix="name another run, or go back to these values (nothing was changed)",
             )
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Claims the folder for a job, or joins an equal one. Raises like `check`."""
+        self._files.create("job.json", canonical_json(job).encode())
+        self.check(job)
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
         """Publishes the state after so many steps, then removes older checkpoints."""

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kddata.errors import ConfigError, StoreMismatchError, StoreMissingError, TeacherError
+from kddata.errors import ConfigError, SourceError, StoreMismatchError, StoreMissingError, TeacherError
 from kddata.store import LabelStore
 from kddata.teacher import build_network
 from kddata.testing import fake_teacher_args, make_images, make_store
-from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, StudentArgs, TrainingJob, train
+from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, Step, StudentArgs, TrainingJob, train
+from kddata.training.steps import require_finite
 
 # 30 images x 2 views in steps of 16 rows: 3 steps an epoch, the last of 28 rows
 
@@ -122,9 +123,28 @@ def test_another_job_under_the_name_of_a_run_is_refused(job):
     train(dataclasses.replace(job, checkpoint_steps=1))  # how often it is saved is no part of what it is
 
 
-def test_two_runs_of_one_job_have_equal_bits(job):
-    assert train(job).loss_S == train(other(job, "again")).loss_S
-    assert weights(job) == weights(other(job, "again"))
+def test_two_runs_of_one_job_have_equal_bits_however_they_read_and_are_judged(job, tmp_path):
+    images = make_images(tmp_path / "test", num_images=4, num_classes=5)
+    judged = other(job, "judged", evaluate=EvaluationArgs(images=images))
+    assert train(job).loss_S == train(judged, num_workers=2).loss_S
+    assert weights(job) == weights(judged)
+
+
+def test_each_step_has_its_own_random_numbers(job):
+    seeds = []
+
+    class Watch(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            seeds.append(torch.initial_seed())
+            return self.network(x)
+
+    train(job, wrap=Watch)
+    train(other(job, "other seed", data=DataArgs(batch_size=16, size_px=16, seed=4)), wrap=Watch)
+    assert len(set(seeds)) == 24
 
 
 @pytest.mark.parametrize(("stopped_after", "checkpoint_steps"), [(3, None), (5, 1), (8, 2), (12, None)])
@@ -168,6 +188,7 @@ def test_all_methods_see_the_same_pixels_in_the_same_order(job):
                 self.network = network
 
             def forward(self, x):
+                assert self.network.training
                 seen.append(hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest())
                 return self.network(x)
 
@@ -204,10 +225,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_of_its_step(job, store)
     assert not Path(job.run, "checkpoints").exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved(job):
-    job = dataclasses.replace(job, optimizer=OptimizerArgs(lr=1e38, epochs=4, schedule="constant"), checkpoint_steps=1)
-    with pytest.raises(TeacherError, match=r"(weights are|loss is) finite"):
-        train(job)
+def test_weights_that_are_not_finite_are_refused():
+    network = plain_net(5)
+    step = Step(number=7, loss=torch.tensor(1.0), lr=0.5, rows=2, image_ids=["a", "b"], wait_s=0.0, seconds=1.0)
+    require_finite(network, step)
+    with torch.no_grad():
+        network[0].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(TeacherError, match=r"in 0.weight after step 7, learning rate 0.5 \(in images a, b\)"):
+        require_finite(network, step)
 
 
 def _one_of_two(rank: int, job: TrainingJob, meeting: str) -> None:
@@ -255,6 +280,8 @@ def test_two_processes_train_as_one_does(job, tmp_path):
             r"the store's own; got std",
         ),
         ({"store": "nowhere"}, StoreMissingError, r"nowhere"),
+        ({"images": "nowhere"}, SourceError, r"nowhere"),
+        ({"evaluate": EvaluationArgs(images="nowhere")}, SourceError, r"nowhere"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(job, changes, error, message):
@@ -270,6 +297,13 @@ def test_a_hard_term_without_ground_truth_is_refused(job, tmp_path):
     with pytest.raises(ConfigError, match=r"method hard needs ground-truth labels"):
         train(dataclasses.replace(job, method={"name": "hard"}))
     train(dataclasses.replace(job, method={"name": "kd", "temperature": 2}))
+
+
+def test_a_job_that_was_refused_does_not_claim_its_run(job):
+    wrong = dataclasses.replace(job, student=StudentArgs(arch=f"python:{__name__}:drop_out_net", num_classes=5))
+    with pytest.raises(ConfigError, match="drop_out_net"):
+        train(wrong)
+    train(job)
 
 
 def test_a_student_of_another_width_than_it_says_is_refused(job):
