@@ -43,7 +43,7 @@ class FolderSource:
 
         Raises SourceError for a class folder without images (it would shift or hide a class), or none at all.
         """
-        files.path_of({".": self.root}, shard_name, self.location)
+        files.path_of(dict.fromkeys(self.shard_names(), self.root), shard_name, self.location)
         found = _walk_local(self.root) if files.is_local(self.root) else _walk_remote(self.root)
         found = {name: size for name, size in found.items() if is_image_suffix(name.rpartition(".")[2])}
         classes = _classes(self.root, found)
