@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kddata import losses
 from kddata.errors import ConfigError, SourceError, StoreMismatchError, StoreMissingError, TeacherError
+from kddata.labels import SoftLabels
+from kddata.replay import loader
 from kddata.store import LabelStore
 from kddata.teacher import build_network
-from kddata.testing import fake_teacher_args, make_images, make_store
+from kddata.testing import fake_teacher, fake_teacher_args, make_images, make_store
 from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, Step, StudentArgs, TrainingJob, train
 from kddata.training.steps import require_finite
 
@@ -201,13 +204,41 @@ def test_all_methods_see_the_same_pixels_in_the_same_order(job):
     assert seen_by(other(job, "live", teacher=fake_teacher_args(num_classes=5, size_px=16))) == cached
 
 
+def test_the_loss_of_a_row_differs_from_the_teacher_in_the_loop_by_its_rounding_alone(store):
+    """fp16 keeps log p to a relative 2^-11, so at T the log p_t move by d = 2^-11 |log p / T|, and by less than twice
+    the largest d after they are brought to sum to 1. To first order the loss moves by T^2 sum p_t d |1 + log p_t/q_t|.
+    """
+    temperature, network = 2.0, plain_net(5)
+    method = losses.make("kd", temperature=temperature)
+    teacher = fake_teacher(num_classes=5, size_px=16)
+    worst = 0.0
+    for batch in loader(store, batch_size=16, size_px=16, teacher_px=16):
+        with torch.no_grad():
+            logits = network(batch.pixels_u8_B3SS / 255)
+        live = SoftLabels.from_logits(
+            teacher(batch.teacher_pixels_u8), k=store.spec.k, temperatures=store.spec.temperatures
+        )
+        moved = (method(logits, batch.labels, reduction="none") - method(logits, live, reduction="none")).abs()
+        log_p, log_tail = live.at(temperature)
+        log_q = (logits / temperature).log_softmax(1)
+        log_q_tail = log_q.exp().scatter(1, live.ids_BK.long(), 0).sum(1).log()
+        log_p = torch.cat([log_p, log_tail[:, None]], 1)
+        log_q = torch.cat([log_q.gather(1, live.ids_BK.long()), log_q_tail[:, None]], 1)
+        d = 2 * 2**-11 * (live.log_p_BK / temperature).abs().amax(1)
+        bound = temperature**2 * d * (log_p.exp() * (1 + log_p - log_q).abs()).sum(1)
+        assert (moved <= bound * 1.01 + 1e-6).all()
+        worst = max(worst, float((moved / bound).max()))
+    assert worst > 0.01  # the bound is of the size of what it bounds
+
+
 def test_cached_labels_train_as_the_teacher_in_the_loop_does(job):
-    """The cache rounds log-probabilities to fp16: by at most |log p| / 2^11, and log p > -20 here, so 0.01 each."""
+    """Roundings of about 1e-4 of a step's loss add up over steps, here with a learning rate that does not amplify."""
     student = StudentArgs(arch=f"python:{__name__}:plain_net", num_classes=5)
-    cached = train(other(job, "cached", student=student))
-    live = train(other(job, "live", student=student, teacher=fake_teacher_args(num_classes=5, size_px=16)))
+    job = dataclasses.replace(job, student=student, optimizer=OptimizerArgs(lr=0.01, epochs=4))
+    cached = train(other(job, "cached"))
+    live = train(other(job, "live", teacher=fake_teacher_args(num_classes=5, size_px=16)))
     assert cached.loss_S != live.loss_S
-    assert cached.loss_S == pytest.approx(live.loss_S, rel=2e-3)
+    assert cached.loss_S == pytest.approx(live.loss_S, rel=5e-4)
     assert live.card["teacher_in_the_loop"]
 
 
@@ -215,7 +246,7 @@ def test_a_teacher_in_the_loop_has_its_own_input_size(tmp_path, job):
     store = make_store(tmp_path / "large", num_images=20, num_classes=5, size_px=24, temperatures=(1.0, 2.0))
     job = dataclasses.replace(job, store=store.url)
     live = train(other(job, "live", teacher=fake_teacher_args(num_classes=5, size_px=24)))
-    assert live.loss_S == pytest.approx(train(other(job, "cached")).loss_S, rel=5e-3)
+    assert live.loss_S[0] == pytest.approx(train(other(job, "cached")).loss_S[0], rel=5e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_images_of_its_step(job, store):
