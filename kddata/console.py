@@ -54,10 +54,10 @@ class Bar:
         if self._first is None:
             self._first, self._begin = done, now
         per_s = (done - self._first) / max(now - self._begin, 1e-9)
-        parts = [f"{done:,}/{total:,} {self._unit}", speed or f"{per_s:,.0f} {self._unit}/s"]
+        parts = [f"{done:,}/{total:,} {self._unit}"]
         if per_s > 0:
-            parts.append(f"{clock((total - done) / per_s)} left")
-        text = "  ".join([*parts, note])
+            parts += [speed or f"{per_s:,.0f} {self._unit}/s", f"{clock((total - done) / per_s)} left"]
+        text = "  ".join([*parts, note]).rstrip()
         self._bar.update(self._task, completed=done, total=total, text=text)
         if not self._console.is_terminal and (now - self._last_line >= self._line_s or done == total):
             self._last_line = now

@@ -1,0 +1,235 @@
+"""The `kddata` command: a thin layer of arguments over the library. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kddata import __version__, commands
+from kddata.console import Bar, exit_code
+from kddata.errors import StoreDamagedError
+
+EXIT_CODES = """
+Exit codes: 0 done; 1 something unforeseen, with its traceback; 2 a job file or argument is wrong; 3 images are missing,
+broken or ambiguous; 4 a teacher or student cannot be built, or answers with NaN; 5 a store cannot be used as asked, or
+`verify` found damage; 6 too few CPUs or GPUs; 130 ctrl-C; 143 SIGTERM. Stopped commands go on where they were when they
+are given again.
+"""
+
+app = typer.Typer(
+    name="kddata",
+    help=f"Label once, distil many: soft labels that are stored, proven and reused.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[str, typer.Argument(metavar="FILE", help="a YAML job file; jobs/configs has examples")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="replaces values of the file")]
+Store = Annotated[str, typer.Argument(metavar="STORE", help="path or URL of a store")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON value on stdout, for machines")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds a command whose errors for users become one message and a documented exit code."""
+
+    @app.command()
+    @functools.wraps(function)
+    def guarded(**arguments: Any) -> None:
+        raise typer.Exit(exit_code(lambda: function(**arguments)))
+
+    return guarded
+
+
+@app.callback(invoke_without_command=True)
+def _about(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if version:
+        commands.say(f"kddata {__version__}")
+        raise typer.Exit
+
+
+@command
+def pack(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="tars, a folder, Parquet files; any URL")],
+    out: Annotated[str, typer.Option(help="directory for the shards, new or empty")],
+    shard_mb: Annotated[int, typer.Option(help="most megabytes of a shard")] = 256,
+    shard_images: Annotated[int, typer.Option(help="most images of a shard")] = 10_000,
+    short_side_px: Annotated[int | None, typer.Option(help="make larger images this small")] = None,
+    image_column: Annotated[str | None, typer.Option(help="of Parquet files; found where there is one")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of Parquet files")] = None,
+    id_column: Annotated[str | None, typer.Option(help="of Parquet files")] = None,
+    threads: Annotated[int, typer.Option(help="that resize")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Turns any source of images into WebDataset tar shards of bounded size.
+
+    \b
+    kddata pack photos/ --out shards
+    kddata pack 'train-{000..099}.parquet' --out s3://bucket/shards --short-side-px 256 --threads 8
+    """
+    import dataclasses
+
+    from kddata.images import open_source
+    from kddata.images import pack as pack_images
+
+    source = open_source(
+        images[0] if len(images) == 1 else images,
+        image_column=image_column,
+        label_column=label_column,
+        id_column=id_column,
+    )
+    with Bar("packing", unit="images") as bar:
+        packed = pack_images(
+            source,
+            out,
+            max_shard_bytes=shard_mb * 1_000_000,
+            max_shard_images=shard_images,
+            short_side_px=short_side_px,
+            threads=threads,
+            on_image=bar.update,
+        )
+    if as_json:
+        commands.say(json.dumps(dataclasses.asdict(packed)))
+        return
+    commands.say(
+        f"{packed.url}: {packed.num_images:,} images in {packed.num_shards} shards, {packed.num_bytes:,} B, "
+        f"{packed.num_resized:,} resized, {len(packed.unreadable)} unreadable"
+    )
+    for image_id, reason in packed.unreadable:
+        commands.say(f"  {image_id}: {reason}")
+
+
+@command
+def label(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Labels images with a teacher into a store, on Ray; goes on where an earlier run stopped.
+
+    \b
+    kddata label jobs/configs/label.yaml
+    kddata label jobs/configs/label.yaml store=out/labels8 views.per_image=8 'labels.temperatures=[1, 4]'
+    """
+    commands.label(file, overrides or (), as_json=as_json)
+
+
+@command
+def train(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Trains a student from a store, on Ray; the same run name goes on where an earlier run stopped.
+
+    \b
+    kddata train jobs/configs/train.yaml
+    kddata train jobs/configs/train.yaml run.name=hard method='{name: hard}' cluster.workers=2
+    """
+    commands.train(file, overrides or (), as_json=as_json)
+
+
+@command
+def inspect(store: Store, as_json: AsJson = False) -> None:
+    """Says what a finished store is and holds: teacher, views, counts, sizes, and how good and sure the teacher was.
+
+    \b
+    kddata inspect out/labels
+    kddata inspect s3://bucket/labels --json | jq .teacher_accuracy
+    """
+    from kddata.store import LabelStore
+
+    info = LabelStore.open(store).info()
+    if as_json:
+        commands.say(json.dumps(info))
+        return
+    for name, text in summary(info):
+        commands.say(f"{name:<12} {text}")
+    for image_id, reason in info["bad"]:
+        commands.say(f"bad image {image_id}: {reason}")
+
+
+def summary(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `kddata inspect` prints, as (name, text)."""
+    spec = info["spec"]
+    teacher, plan = spec["teacher"], spec["plan"]
+    accuracy = info["teacher_accuracy"]
+    crop = f"centre {plan['center_px']} px" if plan["policy"] == "center" else _random_crop(plan)
+    return [
+        ("store", f"{info['url']}, {spec['format']}, codec {spec['codec']}, format version {spec['format_version']}"),
+        ("fingerprint", info["fingerprint"]),
+        ("teacher", f"{teacher['arch']}, {teacher['num_classes']} classes, {teacher['size_px']} px"),
+        ("weights", f"sha256 {teacher['weights_sha256']}"),
+        ("views", f"{info['views_per_image']} an image, {crop}, {plan['interpolation']}, seed {plan['seed']}"),
+        ("labels", f"k = {spec['k']} of {teacher['num_classes']}, temperatures {spec['temperatures']}"),
+        ("images", f"{info['labelled_images']:,} in {info['images']['shards']} shards, {info['bad_images']} bad"),
+        ("", str(info["images"]["location"])),
+        ("rows", f"{info['rows']:,} in {info['units']:,} units"),
+        ("size", f"{info['bytes']:,} B, {info['bytes_per_view']:.1f} B a view"),
+        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of {info['labelled']:,} views"),
+        ("entropy", f"{info['mean_entropy_nats']:.3f} nats, mean over views"),
+        ("tail mass", f"{info['mean_tail_mass']:.4f}, mean over views"),
+    ]
+
+
+def _random_crop(plan: dict[str, Any]) -> str:
+    area, aspect = ("-".join(f"{x:.3g}" for x in plan[name]) for name in ("area", "aspect"))
+    return f"random crops of area {area} and aspect {aspect}, flipped {plan['flip_p']:g}"
+
+
+@command
+def verify(store: Store, as_json: AsJson = False) -> None:
+    """Reads every byte of a finished store, compares it with what was written, and names each damaged file.
+
+    \b
+    kddata verify out/labels && echo sound
+    """
+    from kddata.store import verify_store
+
+    problems = verify_store(store)
+    if as_json:
+        commands.say(json.dumps([{"file": problem.file, "reason": problem.reason} for problem in problems]))
+    else:
+        for problem in problems:
+            commands.say(f"{problem.file}: {problem.reason}")
+        if not problems:
+            commands.say(f"{store}: every file is as it was written")
+    if problems:
+        raise StoreDamagedError(
+            "a store is as it was written", actual=f"{len(problems)} problems, first in {problems[0].file}", where=store
+        )
+
+
+@command
+def show(
+    store: Store,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="an image id")],
+    out: Annotated[Path, typer.Option(help="the PNG file to write")] = Path("views.png"),
+    images: Annotated[str | None, typer.Option(help="where the images lie now, if they moved")] = None,
+    class_names: Annotated[str | None, typer.Option(help="a text file, one name a line")] = None,
+    most: Annotated[int, typer.Option(min=1, help="most views to draw")] = 11,
+) -> None:
+    """Draws the stored views of one image, with the teacher's top labels, into a PNG file.
+
+    \b
+    kddata show out/labels n01440764_10026 --class-names imagenet.txt --out fish.png
+    """
+    import io
+
+    from kddata.config.label import read_class_names
+    from kddata.picture import draw_views, stored_views
+    from kddata.store import LabelStore
+
+    names = None if class_names is None else read_class_names(class_names)
+    opened = LabelStore.open(store)
+    rows, png = stored_views(opened, image, most=most), io.BytesIO()
+    draw_views(png, opened, rows, images=images, class_names=names)
+    out.write_bytes(png.getvalue())
+    commands.say(f"{out}: {len(rows)} of {opened.views_per_image} views of {image}")
+
+
+if __name__ == "__main__":
+    main()

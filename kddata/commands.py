@@ -1,0 +1,75 @@
+"""The two long commands, label and train: what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py do.
+
+From a job file to a result on stdout, with a bar on stderr. Ray is imported after the job file is known to be right,
+since that takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from kddata.config import LabelFile, TrainFile, label_job, load, train_job
+from kddata.console import Bar
+
+
+def label(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+    """Labels what a job file says into a store, and prints what was made. Raises KddataError."""
+    file = load(LabelFile, path, overrides)
+    job = label_job(file)
+    from kddata.cluster import labelling
+
+    with Bar("labelling", unit="views") as bar:
+
+        def show(now: labelling.Standing) -> None:
+            right = f", teacher right {now.correct / now.labelled:.1%}" if now.labelled else ""
+            bar.update(now.views, now.total_views, note=f"{now.bad_images} bad images{right}")
+
+        done = labelling.label(
+            job,
+            teachers=file.cluster.teachers,
+            gpus_per_teacher=file.cluster.gpus_per_teacher,
+            on_standing=show,
+        )
+    info = done.store.info()
+    if as_json:
+        say(json.dumps({"new_units": done.new_units, **info}))
+    elif done.new_units == 0:
+        say(f"{info['url']} is finished already; nothing was done")
+    else:
+        say(f"{info['url']}: {info['rows']:,} views at {info['bytes_per_view']:.1f} B, in {info['units']} units")
+
+
+def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+    """Trains what a job file says, and prints what came of it. Raises KddataError."""
+    file = load(TrainFile, path, overrides)
+    job = train_job(file)
+    from kddata.cluster import training
+    from kddata.training import Progress
+
+    with Bar(f"training {file.run.name}", unit="steps") as bar:
+
+        def show(now: Progress) -> None:
+            note = f"epoch {now.epoch + 1}, loss {now.loss:.4f}, {now.data_wait:.0%} waiting for data"
+            bar.update(now.step, now.num_steps, speed=f"{now.images_per_s:,.0f} images/s", note=note)
+
+        result = training.train(
+            job,
+            workers=file.cluster.workers,
+            gpus_per_worker=file.cluster.gpus_per_worker,
+            threads_per_worker=file.cluster.threads_per_worker,
+            loader_processes=file.cluster.loader_processes,
+            max_failures=file.cluster.max_failures,
+            on_progress=show,
+        )
+    if as_json:
+        say(json.dumps({"run": job.run, **result.card}))
+        return
+    metrics = [f"{name} {value:.4g}" for name, value in result.card["metrics"].items() if isinstance(value, float)]
+    say(f"{job.run}: {', '.join(metrics)}")
+
+
+def say(text: str) -> None:
+    """One line of result on stdout."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,170 @@
+"""The `kddata` command, in-process: what it prints and exits with. `label` and `train` are in tests/cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import kddata
+from kddata.cli import app
+from kddata.labelling import LabellingJob, label_store
+from kddata.testing import encode, fake_teacher_args, make_images, small_image, write_tar
+from kddata.views import ViewPlan
+
+COMMANDS = ("pack", "label", "train", "inspect", "verify", "show")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images, one of them unreadable, three views each."""
+    root = tmp_path_factory.mktemp("cli")
+    make_images(root / "images", num_images=12)
+    write_tar(root / "images" / "00002.tar", [("broken.jpg", b"no image"), ("broken.cls", b"1")])
+    job = LabellingJob(
+        images=str(root / "images"),
+        store=str(root / "store"),
+        teacher=fake_teacher_args(),
+        plan=ViewPlan(),
+        views_per_image=3,
+        k=3,
+        bad_images=0.5,
+    )
+    label_store(job)
+    return root / "store"
+
+
+def test_the_version_and_help_with_examples_and_exit_codes() -> None:
+    assert call("--version").stdout == f"kddata {kddata.__version__}\n"
+    assert "Exit codes: 0 done" in call("--help").stdout
+    for command in COMMANDS:
+        text = call(command, "--help").stdout
+        assert re.search(rf"^ *kddata {command} \S+", text, re.M), f"{command} --help has an example"
+
+
+def test_the_installed_command_starts_and_exits_with_its_codes(tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "kddata"
+    done = subprocess.run([program, "inspect", tmp_path / "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: a label store is a folder with a manifest")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_inspect_says_what_a_store_is_and_holds(store: Path) -> None:
+    text = call("inspect", store).stdout
+    for line in (
+        r"teacher +python:kddata.testing:fake_network, 10 classes, 16 px",
+        r"views +3 an image, random crops of area 0.08-1 and aspect 0.75-1.33, flipped 0.5, bilinear, seed 0",
+        r"labels +k = 3 of 10, temperatures \[1.0\]",
+        r"images +12 in 3 shards, 1 bad",
+        r"rows +36 in 3 units",
+        r"accuracy +\d+\.\d\d% of 36 views",
+        r"entropy +\d\.\d{3} nats",
+        r"tail mass +0\.\d{4}",
+        r"bad image broken: .*no image",
+    ):
+        assert re.search(line, text), f"{line}\n{text}"
+    info = json.loads(call("inspect", store, "--json").stdout)
+    assert (info["rows"], info["bad_images"], info["spec"]["k"]) == (36, 1, 3)
+
+
+def test_verify_is_silent_about_a_sound_store_and_names_damage(store: Path, tmp_path: Path) -> None:
+    sound = call("verify", store)
+    assert (sound.exit_code, sound.stdout) == (0, f"{store}: every file is as it was written\n")
+    copy = shutil.copytree(store, tmp_path / "store")
+    shard = copy / "labels" / "000001.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (copy / "index" / "00000.arrow").unlink()
+    damaged = call("verify", copy)
+    assert damaged.exit_code == 5
+    assert "labels/000001.arrow: its bytes differ from those that were written (SHA-256)" in damaged.stdout
+    assert "index/00000.arrow: missing" in damaged.stdout
+    assert "error: a store is as it was written; got 2 problems" in damaged.stderr
+    problems = json.loads(call("verify", copy, "--json").stdout)
+    assert [problem["file"] for problem in problems] == ["index/00000.arrow", "labels/000001.arrow"]
+
+
+def test_show_draws_a_picture_of_the_views(store: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{i}\tname {i}\n" for i in range(10)))
+    done = call("show", store, "image-00003", "--out", tmp_path / "a.png", "--class-names", names)
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path}/a.png: 3 of 3 views of image-00003\n")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 400
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50, "it is not blank"
+    call("show", store, "image-00003", "--out", tmp_path / "b.png", "--most", 1)
+    with Image.open(tmp_path / "a.png") as all_views, Image.open(tmp_path / "b.png") as one_view:
+        assert one_view.size[1] < all_views.size[1]
+
+
+def test_show_names_what_is_not_there(store: Path, tmp_path: Path) -> None:
+    unknown = call("show", store, "image-99", "--out", tmp_path / "a.png")
+    assert unknown.exit_code == 2
+    assert "'image-99', which no index names" in unknown.stderr
+    assert "ids look like 'image-00000'" in unknown.stderr
+    assert "'broken', which could not be used: " in call("show", store, "broken", "--out", tmp_path / "a.png").stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_show_refuses_another_image_under_the_same_name(store: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(store.parent / "images", tmp_path / "moved")
+    out = tmp_path / "a.png"
+    assert call("show", store, "image-00003", "--images", moved, "--out", out).exit_code == 0
+    shard = moved / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    with_image = data.index(b"image-00003.jpg") + 512 + 200
+    data[with_image] ^= 1
+    shard.write_bytes(data)
+    changed = call("show", store, "image-00003", "--images", moved, "--out", out)
+    assert changed.exit_code == 3
+    assert "other bytes under 'image-00003'" in changed.stderr
+
+
+def test_pack_makes_tars_that_hold_the_same_images(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "folder", num_images=7, form="folder")
+    done = call("pack", folder, "--out", tmp_path / "shards", "--shard-images", 3, "--json")
+    packed = json.loads(done.stdout)
+    assert (packed["num_images"], packed["num_shards"], packed["unreadable"]) == (7, 3, [])
+    source = kddata.open_source(str(tmp_path / "shards"))
+    refs = [ref for name in source.shard_names() for ref in source.scan(name)[1]]
+    assert len(refs) == 7
+    assert all(ref.label is not None for ref in refs)
+
+
+def test_pack_resizes_and_lists_the_unreadable(tmp_path: Path) -> None:
+    large = encode(small_image(0, height_px=40, width_px=60))
+    write_tar(tmp_path / "a.tar", [("large.jpg", large), ("text.jpg", b"no image")])
+    done = call("pack", tmp_path / "a.tar", "--out", tmp_path / "out", "--short-side-px", 20)
+    assert done.exit_code == 0
+    assert "2 images in 1 shards" in done.stdout
+    assert "1 resized, 1 unreadable" in done.stdout
+    assert re.search(r"^  text: ", done.stdout, re.M)
+
+
+def test_pack_of_nothing(tmp_path: Path) -> None:
+    done = call("pack", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.exit_code == 3
+    assert "nowhere" in done.stderr
+
+
+def test_a_wrong_job_file_ends_before_ray_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("imagez: x\n")
+    for command in ("label", "train"):
+        done = call(command, tmp_path / "job.yaml")
+        assert done.exit_code == 2
+        assert "imagez: no such key; the nearest is images" in done.stderr
