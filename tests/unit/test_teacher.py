@@ -237,7 +237,9 @@ def test_the_fake_teacher_is_exact():
     assert one(views).std() > 0.5
 
 
-@pytest.mark.parametrize("builder", [nets.small_resnet, nets.large_resnet, nets.small_cnn])
+@pytest.mark.parametrize(
+    "builder", [nets.small_resnet, nets.large_resnet, nets.quick_resnet, nets.quick_resnet_wide, nets.small_cnn]
+)
 @pytest.mark.parametrize("size_px", [28, 64])
 def test_networks_take_small_images(builder, size_px):
     network = builder(num_classes=7).eval()

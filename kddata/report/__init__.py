@@ -1,0 +1,9 @@
+"""Reports: recorded values of a distillation experiment become one HTML page that a person enjoys.
+
+page(Report(title=..., arms=[...], ...))     # text that needs no other file
+"""
+
+from kddata.report.page import page
+from kddata.report.values import COLUMNS, LABELS_OF, Arm, Comparison, Cost, Report, Sample, StepAgreement
+
+__all__ = ["COLUMNS", "LABELS_OF", "Arm", "Comparison", "Cost", "Report", "Sample", "StepAgreement", "page"]
