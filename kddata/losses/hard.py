@@ -86,14 +86,7 @@ def hard_term(
     share_BJ = torch.stack([lam_B, 1 - lam_B] if targets2_B is not None else [torch.ones_like(lam_B)], dim=1)
     ids_BJ = torch.stack(pair, dim=1).long()
     ignored = ids_BJ == ignore_index
-    if check_ids or device.type == "cpu":  # elsewhere it would wait for the device
-        wrong = ~ignored & ((ids_BJ < 0) | (ids_BJ >= logits_BC.shape[1]))
-        if bool(wrong.any()):
-            raise ConfigError(
-                f"targets are class ids from 0 to {logits_BC.shape[1] - 1}, or ignore_index ({ignore_index})",
-                actual=f"{ids_BJ[wrong][:8].tolist()} in rows {wrong.any(1).nonzero()[:8, 0].tolist()}",
-                fix="map the ids to the student's classes, or pass the ignore_index that marks images without labels",
-            )
+    check_targets(logits_BC, ids_BJ, ignore_index, wait=check_ids)
     share_BJ = share_BJ.masked_fill(ignored, 0.0)
     return HardTerm(
         targets_BJ=ids_BJ.masked_fill(ignored, 0),
@@ -101,6 +94,19 @@ def hard_term(
         label_smoothing=label_smoothing,
         weight_B=factor * row_weights(logits_BC, weights_B, reduction, (~ignored).any(1)),
     )
+
+
+def check_targets(logits_BC: Tensor, ids_BJ: Tensor, ignore_index: int, *, wait: bool = False) -> None:
+    """Raises ConfigError for a target that is no class. Looks on the CPU alone, unless told to wait for the device."""
+    if not wait and logits_BC.device.type != "cpu":
+        return
+    wrong = (ids_BJ != ignore_index) & ((ids_BJ < 0) | (ids_BJ >= logits_BC.shape[1]))
+    if bool(wrong.any()):
+        raise ConfigError(
+            f"targets are class ids from 0 to {logits_BC.shape[1] - 1}, or ignore_index ({ignore_index})",
+            actual=f"{ids_BJ[wrong][:8].tolist()} in rows {wrong.any(1).nonzero()[:8, 0].tolist()}",
+            fix="map the ids to the student's classes, or pass the ignore_index that marks images without labels",
+        )
 
 
 def row_weights(logits_BC: Tensor, weights_B: Tensor | None, reduction: Reduction, counts_B: Tensor | None) -> Tensor:

@@ -187,6 +187,13 @@ def check_batch(logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None,
             actual=f"alpha = {args.alpha:g} and no targets_B",
             fix="pass the ground truth as targets_B, or set alpha to 1 (soft labels alone, for images without labels)",
         )
+    check_labels(logits_BC, labels)
+    if args.debug:
+        labels.validate()
+
+
+def check_labels(logits_BC: Tensor, labels: SoftLabels) -> None:
+    """Raises LabelError unless soft labels fit these logits, by shapes and device."""
     if (len(labels), labels.num_classes) != tuple(logits_BC.shape):
         raise LabelError(
             "soft labels have the rows and classes of the student's logits",
@@ -204,5 +211,3 @@ def check_batch(logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None,
             actual=", ".join(sorted(map(str, devices))),
             fix="labels.to(student_logits_BC.device)",
         )
-    if args.debug:
-        labels.validate()
