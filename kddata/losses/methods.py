@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kddata.errors import ConfigError
 from kddata.labels import SoftLabels
+from kddata.losses.dist import dist_loss
+from kddata.losses.dkd import dkd_loss
 from kddata.losses.hard import Reduction, hard_loss
-from kddata.losses.kd import Backend, KDArgs, kd_loss
-from kddata.losses.rows import Tail
+from kddata.losses.kd import KDArgs, kd_loss
+from kddata.losses.lskd import lskd_loss
+from kddata.losses.nkd import nkd_loss
+from kddata.losses.ofa import ofa_loss
+from kddata.losses.ttm import ttm_loss
+from kddata.losses.wsld import wsld_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +34,13 @@ class Needs:
     """What a method asks of the labels it trains on.
 
     Attributes:
-        temperature: at which the tail mass must be known (any is, where k = C); None where no soft label is used.
+        temperatures: at which the tail mass must be known (any is, where k = C); none where no soft label is used.
         all_classes: whether k must be C.
         targets: whether ground truth is needed.
         sampled: whether classes must have been drawn at random instead of taken from the top.
     """
 
-    temperature: float | None = None
+    temperatures: tuple[float, ...] = ()
     all_classes: bool = False
     targets: bool = False
     sampled: bool = False
@@ -44,7 +51,7 @@ class Method:
     """A loss with its arguments. Call it as `method(student_logits_BC, labels, targets_B, **more)`; see `make`.
 
     `more` may hold reduction, ignore_index and weights_B, as in `kd_loss`. Labels may be None where
-    `needs.temperature` is None.
+    `needs.temperatures` is empty.
     """
 
     name: str
@@ -83,78 +90,145 @@ class Method:
         """Raises ConfigError naming the piece that a store of such labels does not hold; call it before training."""
         needs, missing = self.needs, None
         if needs.targets and not has_targets:
-            missing = "ground-truth labels of the images", "its images have none", _SOFT_ALONE
-        elif needs.temperature is None:
+            missing = "ground-truth labels of the images", "its images have none", _HARD_ALONE
+        elif not needs.temperatures:
             return
         elif needs.sampled and not sampled:
             missing = "classes drawn at random", "the top classes", "set method.tail to bucket"
         elif sampled and not needs.sampled:
             missing = "top classes", "classes drawn at random", "set method.tail to sampled"
         elif needs.all_classes and k != num_classes:
-            missing = "all classes", f"k = {k} of {num_classes}", f"label again with labels.k={num_classes}"
-        elif k != num_classes and needs.temperature not in temperatures:
-            again = f"use one of these, or label again with labels.temperatures naming {needs.temperature:g}"
-            missing = f"the tail mass at temperature {needs.temperature:g}", f"it at {list(temperatures)} alone", again
+            fix = f"label again with labels.k={num_classes} (or set method.tail, where the method has it)"
+            missing = "all classes", f"k = {k} of {num_classes}", fix
+        elif k != num_classes and (unknown := [t for t in needs.temperatures if t not in temperatures]):
+            fix = f"use one of these, or label again with labels.temperatures naming {unknown[0]:g}"
+            missing = f"the tail mass at temperature {unknown[0]:g}", f"it at {list(temperatures)} alone", fix
         if missing is not None:
             rule, actual, fix = missing
             raise ConfigError(f"method {self.name} needs {rule}", actual=actual, where=where, fix=fix)
 
 
-_SOFT_ALONE = "learn from soft labels alone (method.name=kd method.alpha=1), or add the labels to the images"
+_HARD_ALONE = "learn from soft labels alone (such as method.name=kd method.alpha=1), or add labels to the images"
+_OF_A_BATCH = {"reduction", "ignore_index", "weights_B", "targets2_B", "lam", "on_stats", "debug"}
+_WEIGHTS = {"weight": 1.0, "hard_weight": 1.0}
+
+
+class _Entry(NamedTuple):
+    loss: Callable[..., Tensor]
+    needs: Callable[[dict[str, Any]], Needs]  # of all arguments, defaults filled in
+    weighted: bool = True  # whether `weight` and `hard_weight` are arguments too
 
 
 def make(name: str, **args: Any) -> Method:
     """The method of a name. Raises ConfigError for an unknown name or argument, naming the nearest, and for bad values.
 
-    kd: temperature, alpha=1.0, tail="bucket", label_smoothing=0.0, backend="auto"; see `kd_loss`.
-    hard: label_smoothing=0.0; see `hard_loss`. Ground truth alone, the baseline.
+        kd      temperature, alpha=1, tail="bucket", label_smoothing=0, backend="auto"; see `kd_loss`
+        hard    label_smoothing=0; ground truth alone, the baseline
+        dkd     temperature=4, alpha=1, beta=8, standardized=False, tail=None
+        lskd    temperature=2
+        nkd     temperature=1, gamma=1.5, tail=None
+        wsld    temperature=4, alpha=2.25, tail=None
+        dist    temperature=1, beta=1, gamma=1, tail=None
+        ttm     temperature=4, weighted=False
+        ofa     temperature=1, eps=1.5, tail=None
+
+    From dkd on, the loss is `weight * method + hard_weight * cross-entropy` (both 1 by default), and all classes are
+    needed (k = C), unless `tail` names how to spread the rest: uniform or renorm. See the functions of these names.
     """
     if name not in _METHODS:
         raise _unknown("method.name", name, list(_METHODS))
-    build = _METHODS[name]
-    parameters = inspect.signature(build).parameters
+    entry = _METHODS[name]
+    known = {key: p for key, p in inspect.signature(entry.loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    values = {key: p.default for key, p in known.items() if key not in _OF_A_BATCH}
+    values |= _WEIGHTS if entry.weighted else {}
     for key, value in args.items():
-        if key not in parameters:
-            raise _unknown(f"an argument of method {name}", key, list(parameters))
-        if parameters[key].annotation == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ConfigError(f"method.{key} is a number", actual=repr(value))
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in args]
+        if key not in values:
+            raise _unknown(f"an argument of method {name}", key, list(values))
+        _check_value(key, value, "float" if key in _WEIGHTS else known[key].annotation)
+    values |= args
+    missing = [key for key, value in values.items() if value is inspect.Parameter.empty]
     if missing:
         raise ConfigError(f"method {name} needs {', '.join(missing)}", actual=args or "no arguments")
-    return build(**args)
+    if name == "kd":
+        KDArgs(**values)  # checks them, before any image is read
+    needs = entry.needs(values)
+    if not entry.weighted:
+        return Method(name=name, needs=needs, loss=partial(entry.loss, **values))
+    weight, hard_weight = (values.pop(key) for key in _WEIGHTS)
+    loss = partial(_weighted, loss=partial(entry.loss, **values), weight=weight, hard_weight=hard_weight)
+    return Method(name=name, needs=replace(needs, targets=needs.targets or hard_weight != 0), loss=loss)
 
 
-def _kd(
+def _check_value(key: str, value: object, annotation: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation == "float" and not (number and math.isfinite(value)):  # type: ignore[arg-type]
+        raise ConfigError(f"method.{key} is a number", actual=repr(value))
+    if key == "temperature" and value <= 0:  # type: ignore[operator]
+        raise ConfigError("method.temperature is above 0", actual=value)
+    if annotation == "bool" and not isinstance(value, bool):
+        raise ConfigError(f"method.{key} is true or false", actual=repr(value))
+    if annotation == "DenseTail | None" and value not in (None, "uniform", "renorm"):
+        raise ConfigError(f"method.{key} is uniform, renorm or null", actual=repr(value))
+
+
+def _hard(
+    student_logits_BC: Tensor,
+    labels: object,
+    targets_B: Tensor | None,
     *,
-    temperature: float,
-    alpha: float = 1.0,
-    tail: Tail = "bucket",
     label_smoothing: float = 0.0,
-    backend: Backend = "auto",
-) -> Method:
-    args: dict[str, Any] = {
-        "temperature": temperature,
-        "alpha": alpha,
-        "tail": tail,
-        "label_smoothing": label_smoothing,
-        "backend": backend,
-    }
-    KDArgs(**args)  # checks them, before any image is read
-    needs = Needs(temperature=temperature, targets=alpha < 1, sampled=tail == "sampled")
-    return Method(name="kd", needs=needs, loss=partial(kd_loss, **args))
-
-
-def _hard(*, label_smoothing: float = 0.0) -> Method:
-    return Method(name="hard", needs=Needs(targets=True), loss=partial(_hard_loss, label_smoothing=label_smoothing))
-
-
-def _hard_loss(student_logits_BC: Tensor, labels: object, targets_B: Tensor | None, **more: Any) -> Tensor:
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    weights_B: Tensor | None = None,
+) -> Tensor:
     if targets_B is None:
-        raise ConfigError("method hard needs targets_B", actual="None", fix=_SOFT_ALONE)
-    return hard_loss(student_logits_BC, targets_B, **more)
+        raise ConfigError("cross-entropy needs targets_B", actual="None", fix=_HARD_ALONE)
+    return hard_loss(
+        student_logits_BC,
+        targets_B,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        weights_B=weights_B,
+    )
 
 
-_METHODS: dict[str, Callable[..., Method]] = {"kd": _kd, "hard": _hard}
+def _weighted(
+    student_logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor | None,
+    *,
+    loss: Callable[..., Tensor],
+    weight: float,
+    hard_weight: float,
+    **more: Any,
+) -> Tensor:
+    total = weight * loss(student_logits_BC, labels, targets_B, **more)
+    return total + hard_weight * _hard(student_logits_BC, labels, targets_B, **more) if hard_weight else total
+
+
+def _dense(args: dict[str, Any], *, targets: bool = False, at_1: bool = False) -> Needs:
+    """Of a loss over all classes: at T, and where `at_1` also at temperature 1."""
+    temperatures = (1.0, args["temperature"]) if at_1 else (args["temperature"],)
+    all_classes = args.get("tail") is None or args.get("standardized", False)
+    return Needs(temperatures=temperatures, all_classes=all_classes, targets=targets)
+
+
+def _kd_needs(args: dict[str, Any]) -> Needs:
+    return Needs(temperatures=(args["temperature"],), targets=args["alpha"] < 1, sampled=args["tail"] == "sampled")
+
+
+_METHODS: dict[str, _Entry] = {
+    "kd": _Entry(kd_loss, _kd_needs, weighted=False),
+    "hard": _Entry(_hard, lambda args: Needs(targets=True), weighted=False),
+    "dkd": _Entry(dkd_loss, partial(_dense, targets=True)),
+    "lskd": _Entry(lskd_loss, _dense),
+    "nkd": _Entry(nkd_loss, partial(_dense, targets=True, at_1=True)),
+    "wsld": _Entry(wsld_loss, partial(_dense, targets=True, at_1=True)),
+    "dist": _Entry(dist_loss, _dense),
+    "ttm": _Entry(ttm_loss, _dense),
+    "ofa": _Entry(ofa_loss, partial(_dense, targets=True)),
+}
 
 
 def _unknown(what: str, name: str, known: list[str]) -> ConfigError:

@@ -300,14 +300,14 @@ def test_methods_by_name() -> None:
     torch.testing.assert_close(
         hard(x, None, y, ignore_index=-1), F.cross_entropy(x, y, ignore_index=-1, label_smoothing=0.1)
     )
-    with pytest.raises(ConfigError, match="method hard needs targets_B"):
+    with pytest.raises(ConfigError, match="cross-entropy needs targets_B"):
         hard(x, labels)
 
 
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("kdd", {}, "method.name is one of kd, hard.*got 'kdd'.*perhaps kd was meant"),
+        ("kdd", {}, "method.name is one of kd, hard, dkd.*got 'kdd'.*perhaps kd was meant"),
         ("kd", {"temprature": 4}, "got 'temprature'.*perhaps temperature was meant"),
         ("kd", {}, "method kd needs temperature"),
         ("kd", {"temperature": "4"}, "method.temperature is a number; got '4'"),
