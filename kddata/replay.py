@@ -188,16 +188,29 @@ def evaluation_view(height_px: int, width_px: int, size_px: int) -> View:
 
 
 class EvaluationImages(Dataset[ImageBatch]):
-    """Batches of a source's images, in the order of the source. Raises BadImageError for one that cannot be read."""
+    """Batches of a source's images, in the order of the source.
+
+    Attributes:
+        num_labelled: how many images have ground truth.
+
+    Raises BadImageError for an image that cannot be read.
+    """
 
     def __init__(
-        self, source: ImageSource, *, batch_size: int, size_px: int, interpolation: Interpolation, max_pixels: int
+        self,
+        source: ImageSource,
+        *,
+        size_px: int,
+        interpolation: Interpolation = "bilinear",
+        batch_size: int = 256,
+        max_pixels: int = 100_000_000,
     ) -> None:
         self._source, self._size_px, self._interpolation = source, size_px, interpolation
         self._max_pixels = max_pixels
-        self._batches = []
+        self._batches, self.num_labelled = [], 0
         for name in source.shard_names():
             _, refs = source.scan(name)
+            self.num_labelled += sum(ref.label is not None for ref in refs)
             self._batches += [(name, refs[i : i + batch_size]) for i in range(0, len(refs), batch_size)]
 
     def __len__(self) -> int:

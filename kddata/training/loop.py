@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,15 @@ from torch.optim import Optimizer
 
 from kddata import __version__, losses
 from kddata.cards import differences
-from kddata.errors import StoreMismatchError, TeacherError
+from kddata.errors import ConfigError, StoreMismatchError, TeacherError
 from kddata.images import open_source
 from kddata.labels import SoftLabels
 from kddata.losses import Method
-from kddata.replay import Batch, Replay, evaluation_loader, step_loader
+from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
 from kddata.training.checks import check_job, content_sha256, identity, require_same_start
-from kddata.training.job import OptimizerArgs, TrainingJob
+from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
 from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
@@ -132,13 +132,7 @@ def train(
     )
     exam = None
     if job.evaluate is not None and rank == 0:
-        exam = evaluation_loader(
-            open_source(job.evaluate.images),
-            size_px=job.data.size_px,
-            interpolation=store.spec.plan.interpolation,
-            num_workers=num_workers,
-            pin_memory=on_gpu,
-        )
+        exam = _exam(job.evaluate, job.data.size_px, store, num_workers=num_workers, pin_memory=on_gpu)
     run.begin(identity(job, store))
 
     per_epoch = replay.steps_per_epoch
@@ -271,6 +265,16 @@ def _optimizer(args: OptimizerArgs, network: nn.Module) -> Optimizer:
         betas = (args.momentum, 0.999)
         return torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
     return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def _exam(
+    args: EvaluationArgs, size_px: int, store: LabelStore, *, num_workers: int, pin_memory: bool
+) -> Iterable[ImageBatch]:
+    """The images that a student is judged on. Raises ConfigError where none has a label."""
+    images = EvaluationImages(open_source(args.images), size_px=size_px, interpolation=store.spec.plan.interpolation)
+    if images.num_labelled == 0:
+        raise ConfigError("images that a student is judged on have labels", actual="none has", where=args.images)
+    return step_loader(images, range(len(images)), num_workers=num_workers, pin_memory=pin_memory)
 
 
 def _card(job: TrainingJob, store: LabelStore, student: nn.Module, last: Mapping[str, Any]) -> dict[str, Any]:

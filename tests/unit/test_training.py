@@ -22,7 +22,17 @@ from kddata.replay import loader
 from kddata.store import LabelStore
 from kddata.teacher import build_network
 from kddata.testing import fake_teacher, fake_teacher_args, make_images, make_store
-from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, Step, StudentArgs, TrainingJob, train
+from kddata.training import (
+    DataArgs,
+    EvaluationArgs,
+    OptimizerArgs,
+    Progress,
+    Step,
+    StudentArgs,
+    TrainingJob,
+    finished,
+    train,
+)
 from kddata.training.steps import require_finite
 
 # 30 images x 2 views in steps of 16 rows: 3 steps an epoch, the last of 28 rows
@@ -181,6 +191,15 @@ def test_a_torn_checkpoint_is_never_loaded(job, monkeypatch):
     assert train(job).loss_S == undisturbed.loss_S
 
 
+def test_a_run_may_lie_on_other_storage(job):
+    undisturbed = train(job)
+    elsewhere = dataclasses.replace(job, run="memory://runs/elsewhere", checkpoint_steps=2)
+    with pytest.raises(Stop):
+        train(elsewhere, report=stop_after(8))
+    assert train(elsewhere).loss_S == undisturbed.loss_S
+    assert finished(elsewhere).loss_S == undisturbed.loss_S
+
+
 def test_all_methods_see_the_same_pixels_in_the_same_order(job):
     def seen_by(job: TrainingJob) -> list[str]:
         seen = []
@@ -335,6 +354,12 @@ def test_a_job_that_was_refused_does_not_claim_its_run(job):
     with pytest.raises(ConfigError, match="drop_out_net"):
         train(wrong)
     train(job)
+
+
+def test_images_to_judge_on_without_labels_are_refused(job, tmp_path):
+    images = make_images(tmp_path / "unlabelled", num_images=4, labelled=False)
+    with pytest.raises(ConfigError, match=r"judged on have labels; got none has"):
+        train(dataclasses.replace(job, evaluate=EvaluationArgs(images=images)))
 
 
 def test_a_student_of_another_width_than_it_says_is_refused(job):
