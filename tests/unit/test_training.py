@@ -285,6 +285,24 @@ def test_weights_that_are_not_finite_are_refused():
         require_finite(network, step)
 
 
+class RootNet(nn.Module):
+    """Its logits are finite where its gradient is not: the slope of a square root at 0."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, x):
+        return x.mean((1, 2, 3))[:, None] * torch.arange(5) + self.weight.sqrt()
+
+
+def test_a_checkpoint_is_not_made_of_weights_that_are_not_finite(job):
+    student = StudentArgs(arch=f"python:{__name__}:RootNet", num_classes=5)
+    with pytest.raises(TeacherError, match=r"weights are finite; got otherwise in weight after step 0"):
+        train(dataclasses.replace(job, student=student, checkpoint_steps=1))
+    assert not Path(job.run, "checkpoints").exists()
+
+
 def _one_of_two(rank: int, job: TrainingJob, meeting: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     train(job, rank=rank, world_size=2, wrap=nn.parallel.DistributedDataParallel)
