@@ -226,9 +226,15 @@ def _hard(x: Tensor, term: HardTerm, *, add_grad_to: Tensor | None) -> Tensor:
     if smooth:
         ce = ce + torch.where(share_sum > 0, smooth * share_sum * (lse - x.mean(1)), 0.0)
     if add_grad_to is not None:
+        sure = q.gather(1, targets) > 0.5 * total[:, None]
         q.mul_((share_sum / total)[:, None])
         if smooth:
             q.sub_((smooth / x.shape[1] * share_sum)[:, None])
         q.scatter_add_(1, targets, -one_hot)  # both targets of a mixup pair may be one class
+        # as in _kept_grad: a target that is nearly certain takes minus the sum of the rest
+        likely = targets.gather(1, sure.int().argmax(1, keepdim=True))
+        plain = q.gather(1, likely)
+        rest = q.scatter_(1, likely, 0.0).sum(1, keepdim=True)
+        q.scatter_(1, likely, torch.where(sure.any(1, keepdim=True), -rest, plain))
         add_grad_to.add_(q.mul_(term.weight_B[:, None]))
     return ce

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kddata.labels import SoftLabels
-from kddata.losses import kd_linear_loss, kd_loss, rows
+from kddata.losses import hard_loss, kd_linear_loss, kd_loss, rows
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 TOP_K_TAILS = ("bucket", "renorm", "uniform", "support")
@@ -218,6 +218,22 @@ def test_gradient_near_convergence(p_true: float, tail: rows.Tail, temperature: 
     kept = labels.ids_BK.long()
     ours, exact = grads[0].gather(1, kept), grads[1].gather(1, kept)
     assert float((ours - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("p_true", [0.9, 0.99, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize("lam", [1.0, 0.4])
+def test_hard_gradient_of_a_nearly_certain_student(p_true: float, lam: float) -> None:
+    """1e-6 of the largest gradient in float32, where q - 1 keeps one digit in seven of it."""
+    exact = random_logits(7, 6, 101, scale=1.0).float().double()
+    exact[:, 17] = torch.logsumexp(exact, 1) + math.log(p_true / (1 - p_true))
+    y, y2 = torch.full((6,), 17), torch.tensor([17, 3, 17, 4, 17, -100])
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        x = exact.float().to(dtype).requires_grad_()
+        loss = hard_loss(x, y, targets2_B=y2, lam=lam, reduction="sum")
+        grads.append(torch.autograd.grad(loss, x)[0].double())
+    scale = grads[1].abs().amax(1, keepdim=True)
+    assert ((grads[0] - grads[1]).abs() <= 1e-6 * scale).all()
 
 
 @settings(deadline=None, max_examples=30)
