@@ -144,7 +144,7 @@ def _to_batch(rows: LabelRows, spec: StoreSpec) -> pa.RecordBatch:
     arrays = [
         pa.array(rows.image_id, pa.string()),
         pa.array(rows.view),
-        pa.array(rows.label, pa.int32(), mask=rows.label < 0),
+        pa.array(np.maximum(rows.label, -1), pa.int32(), mask=rows.label < 0),
         *codecs.encode(rows.labels, spec),
         pa.FixedSizeListArray.from_arrays(pa.array(resize.reshape(-1)), 2, mask=pa.array(no_resize)),
         pa.FixedSizeListArray.from_arrays(pa.array(rows.box.reshape(-1)), 4),

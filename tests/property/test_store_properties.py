@@ -65,6 +65,12 @@ def test_exact_at_the_border_of_two_byte_ids(num_classes, k):
     _assert_exact(_round_trip(labels), labels)
 
 
+def test_exact_keeps_what_is_finite_finite():
+    logits_BC = torch.tensor([[0.0, -65504.0, -65519.9, -1e6, -3e38, -torch.inf]])
+    labels = SoftLabels.from_logits(logits_BC, k=6, temperatures=TEMPERATURES)
+    assert _round_trip(labels).log_p_BK.tolist() == [[0.0, *[-65504.0] * 4, -torch.inf]]
+
+
 @given(labels=soft_labels())
 def test_exact_takes_float64_labels_too(labels):
     double = SoftLabels(

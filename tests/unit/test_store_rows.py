@@ -90,6 +90,20 @@ def test_resized_views_come_back_from_a_shard(store):
     np.testing.assert_array_equal(found.resize, resized.resize)
 
 
+def test_what_a_null_hides_is_no_part_of_a_shards_bytes(store):
+    rows = made_up_rows(store, store.units()[0])
+    files = []
+    for hidden in (0, 7):
+        data = io.BytesIO()
+        change = {
+            "label": np.where(rows.label < 0, -1 - hidden, rows.label),
+            "pixel_hash": np.where(rows.has_pixel_hash, rows.pixel_hash, hidden),
+        }
+        arrow.write_labels(HashingWriter(data), store.spec, 0, [_replaced(rows, **change)])
+        files.append(data.getvalue())
+    assert files[0] == files[1]
+
+
 def test_batches_hold_fewer_rows_when_more_classes_are_kept():
     assert arrow.batch_rows(small_spec()) == 8192
     assert arrow.batch_rows(small_spec(num_classes=21841, k=21841)) == 192
