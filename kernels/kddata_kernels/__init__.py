@@ -1,4 +1,4 @@
-"""Distillation losses as Triton kernels: sparse teacher in, loss and gradient out, one read and one write of the logits.
+"""Distillation losses as Triton kernels: sparse teacher in, loss and gradient out; one read, one write of the logits.
 
 Needs torch and triton, and knows nothing of kddata. Plain tensors go in; kddata.losses calls it, and so can anyone.
 Every function equals a few lines of plain torch (kddata.losses holds them) without a dense teacher, a log-softmax
@@ -9,8 +9,8 @@ tensor or a host sync.
             stats=False, recompute=False, debug=False) -> Tensor, or (Tensor, KDStats) with stats=True
     kd_linear_loss(features_ND, weight_CD, bias_C, ids_NK, log_p_NK, log_tail_N, targets_N=None, *, the same without
             stats and recompute, chunk_rows=2048; reduction is mean or sum) -> Tensor
-    dkd_loss(logits_NC, ids_NK, log_p_NK, targets_N, *, temperature=1.0, alpha=1.0, beta=8.0, reduction="mean",
-            weights_N=None) -> Tensor
+    dkd_loss(logits_NC, ids_NK, log_p_NK, targets_N, *, temperature=1.0, alpha=1.0, beta=8.0, ignore_index=-100,
+            weights_N=None, reduction="mean", debug=False) -> Tensor        (K = C, at most MAX_K classes)
     unavailable(device) -> None where the kernels can run on that device, else a sentence that says what is missing
 
 Shapes: N rows, C classes, K kept classes, D features.
@@ -33,6 +33,15 @@ What is computed, for row i, with w its weight:
 
 CE_i = lam CE(targets) + (1 - lam) CE(targets_b), an ignored label contributing 0, with torch's label smoothing. Five
 tails are offered for KL_i (README has the formulas): bucket, renorm, uniform, support, sampled. Stored probabilities
-are scaled to 1 - exp(log_tail) (bucket, uniform) or to 1; with K = C all tails but `sampled` are the dense KL and log_tail is not read.
+are scaled to 1 - exp(log_tail) (bucket, uniform) or to 1. With K = C every tail is the dense KL; log_tail is not read.
 A loss is +inf where the student gives a class of positive teacher probability no probability at all.
 """
+
+from kddata_kernels.checks import unavailable
+from kddata_kernels.dkd import dkd_loss
+from kddata_kernels.linear import kd_linear_loss
+from kddata_kernels.loss import KDStats, kd_loss
+from kddata_kernels.plan import MAX_K
+from kddata_kernels.tails import TAILS
+
+__all__ = ["MAX_K", "TAILS", "KDStats", "dkd_loss", "kd_linear_loss", "kd_loss", "unavailable"]
