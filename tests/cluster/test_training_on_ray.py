@@ -1,0 +1,118 @@
+"""Training on Ray takes the steps that training in one process takes, on any number of ranks, whatever happens to them.
+
+All runs share one Ray, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kddata import training
+from kddata.cluster.training import train
+from kddata.errors import ConfigError, ResourceError, TeacherError
+from kddata.labelling import LabellingJob, label_store
+from kddata.testing import fake_teacher_args, make_images
+from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, StudentArgs, TrainingJob
+from kddata.views import ViewPlan
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def root(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of 48 views, of images with ground truth."""
+    folder = tmp_path_factory.mktemp("training")
+    label_store(
+        LabellingJob(
+            images=make_images(folder / "images", num_images=24),
+            store=str(folder / "store"),
+            teacher=fake_teacher_args(),
+            plan=ViewPlan(),
+            views_per_image=2,
+            k=10,
+        )
+    )
+    return folder
+
+
+def job(root: Path, name: str, *, network: str = "linear", epochs: int = 3) -> TrainingJob:
+    """Six steps an epoch. The student is without BatchNorm, whose statistics are of a rank's own rows."""
+    return TrainingJob(
+        store=str(root / "store"),
+        run=str(root / "runs" / name),
+        student=StudentArgs(arch=f"python:networks_of_tests:{network}", num_classes=10),
+        method={"name": "kd", "temperature": 2, "alpha": 0.5},
+        data=DataArgs(batch_size=8, size_px=16),
+        optimizer=OptimizerArgs(lr=0.1, epochs=epochs),
+        evaluate=EvaluationArgs(images=str(root / "images")),
+    )
+
+
+def files(run: str) -> set[str]:
+    return {str(path.relative_to(run)) for path in Path(run).rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
+    told: list[Progress] = []
+    alone = training.train(job(root, "alone"))
+    result = train(job(root, "ranks"), workers=2, on_progress=told.append)
+    np.testing.assert_allclose(result.loss_S, alone.loss_S, rtol=1e-4)
+    assert result.card["metrics"]["top1"] == alone.card["metrics"]["top1"]
+    assert told[-1].step == told[-1].num_steps == len(result.loss_S) == 18
+    assert told[-1].epoch_record is not None
+    run = root / "runs" / "ranks"
+    assert files(str(run)) == {"job.json", "model.safetensors", "metrics.json", "card.json"}
+    assert json.loads((run / "card.json").read_text()) == result.card
+    for name, values in load_file(root / "runs" / "alone" / "model.safetensors").items():
+        np.testing.assert_allclose(load_file(run / "model.safetensors")[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_a_killed_rank_is_replaced_and_the_run_goes_on_from_its_checkpoint(
+    root: Path, kill_worker: Callable[[str], int]
+) -> None:
+    killed: list[int] = []
+    told: list[Progress] = []
+
+    def kill_once(now: Progress) -> None:
+        told.append(now)
+        if now.step >= 6 and not killed:
+            killed.append(kill_worker("RayTrainWorker"))
+
+    slow = job(root, "killed", network="SlowLinear")
+    result = train(slow, workers=2, on_progress=kill_once)
+    assert len(killed) == 1
+    assert told[0].step >= 6, "the first epoch had ended, and was saved"
+    undisturbed = training.train(dataclasses.replace(slow, run=str(root / "runs" / "undisturbed")))
+    np.testing.assert_allclose(result.loss_S, undisturbed.loss_S, rtol=1e-4)
+    assert [record["epoch"] for record in result.epochs] == [0, 1, 2]
+
+
+def test_a_finished_run_is_read_back_and_another_job_of_its_name_is_refused(root: Path) -> None:
+    told: list[Progress] = []
+    finished = job(root, "finished", epochs=1)
+    first = training.train(finished)
+    assert train(finished, workers=2, on_progress=told.append) == first
+    assert told == []
+    with pytest.raises(ConfigError, match=r"optimizer\.epochs: begun with 1, now 2"):
+        train(job(root, "finished", epochs=2))
+
+
+def test_an_error_for_users_comes_out_of_a_rank_as_it_was_and_is_not_tried_again(root: Path) -> None:
+    with pytest.raises(TeacherError) as caught:
+        train(job(root, "wide", network="too_wide"), max_failures=1000)
+    assert type(caught.value) is TeacherError
+    assert "got (1, 11) (in python:networks_of_tests:too_wide). Next: set student.num_classes" in str(caught.value)
+
+
+def test_too_few_cpus_are_said_at_once(root: Path) -> None:
+    with pytest.raises(ResourceError, match=r"3 workers of 1 CPUs each, and room for 2: .*\(in cluster\.workers\)"):
+        train(job(root, "large"), workers=3)
+    with pytest.raises(ResourceError, match=r"2 workers of 2 CPUs each, and room for 1"):
+        train(job(root, "large"), workers=2, loader_processes=1)
