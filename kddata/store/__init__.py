@@ -3,7 +3,8 @@
     store = LabelStore.open("out/labels")
     rows = store.read(0)                 # LabelRows of unit 0, checked against the manifest
 
-Inside, from the ground up: storage (the only way to the files), rows, codecs, arrow, manifest, tally, verify, store.
+Inside, from the ground up: storage (the only way to the files), sealing, rows, codecs, arrow, manifest, tally, verify,
+store.
 """
 
 from kddata.store.manifest import IndexedShard, Receipt, Unit

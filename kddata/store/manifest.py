@@ -1,29 +1,24 @@
-"""The records of a store: its header, units, receipts and manifest, as values and as sealed JSON.
-
-A sealed file holds the SHA-256 of itself, so that one flipped byte anywhere in it is noticed without another file.
-"""
+"""The records of a store, as values and as sealed JSON: its header, units, receipts and manifest."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kddata.cards import FORMAT_VERSION, StoreSpec, canonical_json, differences
-from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingError, StoreVersionError
+from kddata.cards import StoreSpec, differences
+from kddata.errors import StoreMismatchError, StoreMissingError
+from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
 
 HEADER = "store.json"
 IMAGES = "images.json"
 MANIFEST = "manifest-000001.json"
 _LIBRARIES = ("kddata", "numpy", "pillow", "pyarrow", "torch", "torchvision")
-_SEAL = '"seal": "{}"'
 _log = logging.getLogger(__name__)
 
 
@@ -120,37 +115,6 @@ def plan_units(
                     )
                 )
     return units
-
-
-def seal(value: dict[str, Any]) -> bytes:
-    """JSON with sorted keys, one a line, and lists with one element a line; `seal` is the SHA-256 of all else."""
-    lines = [f"{json.dumps(key)}: {_layout(item)}" for key, item in sorted(value.items())]
-    text = "{\n" + ",\n".join([*lines, _SEAL.format("")]) + "\n}\n"
-    return text.replace(_SEAL.format(""), _SEAL.format(hashlib.sha256(text.encode()).hexdigest())).encode()
-
-
-def unseal(data: bytes, *, where: str) -> dict[str, Any]:
-    """The value that was sealed.
-
-    Raises StoreVersionError for a newer format version, and StoreDamagedError for bytes that are not the sealed ones.
-    """
-    try:
-        value = json.loads(data)
-        digest = str(value.pop("seal"))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreDamagedError("a record of a store is sealed JSON", actual=repr(error), where=where) from error
-    version = value.get("format_version", FORMAT_VERSION)
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise StoreVersionError(
-            f"this library reads store format versions up to {FORMAT_VERSION}",
-            actual=f"version {version}",
-            where=where,
-            fix="upgrade kddata",
-        )
-    unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
-    if hashlib.sha256(unsealed).hexdigest() != digest:
-        raise StoreDamagedError("a record of a store has the bytes that were written", where=where)
-    return value
 
 
 def header(spec: StoreSpec, *, location: str | tuple[str, ...], kind: str, views_per_image: int) -> dict[str, Any]:
@@ -283,9 +247,3 @@ def warn_of_libraries(stored: dict[str, str], *, where: str) -> None:
             where,
             "; ".join(f"{name} {mine} then, {theirs} now" for name, mine, theirs in found),
         )
-
-
-def _layout(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (dict, list, tuple)):
-        return "[\n" + ",\n".join(canonical_json(item) for item in value) + "\n]"
-    return canonical_json(value)

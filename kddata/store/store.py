@@ -25,6 +25,7 @@ from kddata.errors import ConfigError, StoreDamagedError, StoreError, StoreMisma
 from kddata.store import arrow, manifest
 from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
 from kddata.store.rows import LabelRows
+from kddata.store.sealing import seal, unseal
 from kddata.store.storage import TEMPORARY, Storage, open_storage
 from kddata.store.tally import Tally
 from kddata.store.verify import Problem, find_problems
@@ -84,11 +85,11 @@ class LabelStore:
                 raise StoreMismatchError(
                     "a new store begins in an empty folder", actual=f"{others[:3]}", where=storage.url
                 )
-            if storage.create(HEADER, manifest.seal(head)):
+            if storage.create(HEADER, seal(head)):
                 return cls(storage, head, None)
             stored = storage.read(HEADER)
         where = f"{storage.url}/{HEADER}"
-        found = manifest.unseal(stored, where=where)
+        found = unseal(stored, where=where)
         manifest.require_same(found, head, where=where)
         manifest.warn_of_libraries(found["libraries"], where=storage.url)
         return cls(storage, found, manifest.find(storage))
@@ -156,7 +157,7 @@ class LabelStore:
                     )
                 )
             _require_names(shards, names, where=self.url)
-            self.storage.create(IMAGES, manifest.seal({"shards": [dataclasses.asdict(shard) for shard in shards]}))
+            self.storage.create(IMAGES, seal({"shards": [dataclasses.asdict(shard) for shard in shards]}))
         _require_names(self.images, names, where=self.url)
 
     @property
@@ -248,7 +249,7 @@ class LabelStore:
         """
         if self.manifest is None:
             if manifest.find(self.storage) is None:
-                self.storage.create(MANIFEST, manifest.seal(self._fold()))
+                self.storage.create(MANIFEST, seal(self._fold()))
             self.manifest = manifest.find(self.storage)
             assert self.manifest is not None
         self.storage.remove_folder("receipts")
@@ -349,7 +350,7 @@ class LabelStore:
                 data = manifest.read_or_none(self.storage, IMAGES)
                 if data is None:
                     return None
-                shards = manifest.unseal(data, where=f"{self.url}/{IMAGES}")["shards"]
+                shards = unseal(data, where=f"{self.url}/{IMAGES}")["shards"]
             self._images = tuple(IndexedShard(**shard) for shard in shards)
         return self._images
 

@@ -11,7 +11,8 @@ import pytest
 
 from kddata import errors
 from kddata.store import LabelStore, Problem, open_storage, verify_store
-from kddata.store.manifest import MANIFEST, labels_name, receipt_name, seal, unseal
+from kddata.store.manifest import MANIFEST, labels_name, receipt_name
+from kddata.store.sealing import seal, unseal
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 
 

@@ -14,7 +14,8 @@ from kddata import errors
 from kddata.cards import StoreSpec, TeacherCard
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, arrow, codecs, verify_store
-from kddata.store.manifest import MANIFEST, plan_units, seal, unseal
+from kddata.store.manifest import MANIFEST, plan_units
+from kddata.store.sealing import seal, unseal
 from kddata.store.storage import HashingWriter
 from kddata.testing import begin_small_store, made_up_rows, small_store, soft_labels
 from kddata.views import ViewPlan
