@@ -17,8 +17,9 @@ from kddata.labels import declare
 from kddata.views import ViewPlan
 
 FORMAT_VERSION = 1
+COMPACT_MAX_K = 255
 
-Codec = Literal["exact"]
+Codec = Literal["exact", "compact"]
 Format = Literal["arrow"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
@@ -96,6 +97,10 @@ class StoreSpec:
         if not 1 <= self.k <= self.teacher.num_classes:
             raise ConfigError(
                 f"labels.k is between 1 and the teacher's {self.teacher.num_classes} classes", actual=self.k
+            )
+        if self.codec == "compact" and self.k > COMPACT_MAX_K:
+            raise ConfigError(
+                f"codec compact keeps at most {COMPACT_MAX_K} classes", actual=f"k = {self.k}", fix="codec: exact"
             )
         for name in ("unit_images", "unit_views", "batch_size", "threads"):
             value = getattr(self, name)

@@ -48,7 +48,7 @@ class Labels(Section):
 
     k: Count
     temperatures: tuple[Positive, ...] = (1.0,)
-    codec: Literal["exact"] = "exact"
+    codec: Literal["exact", "compact"] = "exact"
 
 
 class Units(Section):

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from kddata.cards import StoreSpec, canonical_json
 from kddata.errors import LabelError, StoreDamagedError
-from kddata.store import codecs
+from kddata.store import codecs, compact
+from kddata.store.manifest import Unit
 from kddata.store.rows import LabelRows
 from kddata.store.storage import HashingWriter
 
@@ -47,49 +48,62 @@ _AFTER = [
 ]
 
 
-def label_fields(spec: StoreSpec) -> list[pa.Field]:
-    """The columns of a label shard."""
-    return [*_BEFORE, *codecs.fields(spec), *_AFTER]
+def label_fields(spec: StoreSpec, num_views: int) -> list[pa.Field]:
+    """The columns of the label shard of a unit with so many views of each image."""
+    return compact.fields(spec, num_views) if spec.codec == "compact" else [*_BEFORE, *codecs.fields(spec), *_AFTER]
 
 
-def batch_rows(spec: StoreSpec) -> int:
-    """How many rows a record batch of a label shard has; only its last one may have fewer."""
-    return max(1, min(_BATCH_ROWS, _BATCH_VALUES // spec.k))
+def batch_rows(spec: StoreSpec, num_views: int) -> int:
+    """How many rows a record batch of a label shard has; only its last one may have fewer. Compact: whole images."""
+    rows = max(1, min(_BATCH_ROWS, _BATCH_VALUES // spec.k))
+    return max(1, rows // num_views) * num_views if spec.codec == "compact" else rows
 
 
-def write_labels(out: HashingWriter, spec: StoreSpec, unit_number: int, batches: Iterable[LabelRows]) -> None:
-    """Writes a label shard, one record batch for each of `rebatch(parts, batch_rows(spec))`."""
+def write_labels(out: HashingWriter, spec: StoreSpec, unit: Unit, batches: Iterable[LabelRows]) -> None:
+    """Writes a label shard, one record batch for each of `rebatch(parts, batch_rows(spec, unit.num_views))`."""
     about = {
         "codec": spec.codec,
         "fingerprint": spec.fingerprint,
         "format_version": spec.format_version,
         "num_classes": spec.teacher.num_classes,
+        "source": unit.shard,
         "temperatures": spec.temperatures,
-        "unit": unit_number,
+        "unit": unit.number,
+        "views": [unit.view_start, unit.view_stop],
     }
-    with _writer(out, label_fields(spec), about) as writer:
+    schema = label_fields(spec, unit.num_views)
+    with _writer(out, schema, about) as writer:
         for rows in batches:
-            writer.write_batch(_to_batch(rows, spec))
+            if spec.codec == "compact":
+                writer.write_batch(
+                    pa.record_batch(compact.encode(rows, spec, unit.num_views), schema=pa.schema(schema))
+                )
+            else:
+                writer.write_batch(_to_batch(rows, schema, spec))
 
 
 def read_labels(data: bytes, spec: StoreSpec, unit_number: int, *, where: str) -> LabelRows:
     """The rows of a label shard. Raises StoreDamagedError for one that is not this unit of this store."""
-    table, about = _read(data, label_fields(spec), where=where)
+    table, about = _read(data, where=where)
     if about.get("fingerprint") != spec.fingerprint or about.get("unit") != unit_number:
         raise StoreDamagedError(
             f"a label shard belongs to its store and its place, unit {unit_number}",
             actual=f"unit {about.get('unit')} of spec {about.get('fingerprint')}",
             where=where,
         )
+    views = _views(about, where=where)
+    _require_fields(table, label_fields(spec, len(views)), where=where)
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     resize = columns["resize"]
     if resize.null_count not in (0, len(resize)):
         raise StoreDamagedError("all views of a unit are resized, or none is", where=where)
-    pixel_hash = columns["pixel_hash"]
     try:
+        if spec.codec == "compact":
+            return compact.decode(columns, spec, views=views, source=about["source"])
         labels = codecs.decode([columns[field.name] for field in codecs.fields(spec)], spec)
     except LabelError as error:
         raise StoreDamagedError(error.rule, actual=error.actual, where=where) from error
+    pixel_hash = columns["pixel_hash"]
     return LabelRows(
         image_id=_strings(columns["image_id"]),
         view=_numbers(columns["view"]),
@@ -119,7 +133,9 @@ def write_index(out: HashingWriter, about: dict[str, Any], columns: Sequence[Seq
 
 def read_index(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
     """An image index as a table of `INDEX_FIELDS`, and what it says about itself."""
-    return _read(data, INDEX_FIELDS, where=where)
+    table, about = _read(data, where=where)
+    _require_fields(table, INDEX_FIELDS, where=where)
+    return table, about
 
 
 def rebatch(parts: Iterable[LabelRows], num_rows: int) -> Iterator[LabelRows]:
@@ -138,7 +154,7 @@ def rebatch(parts: Iterable[LabelRows], num_rows: int) -> Iterator[LabelRows]:
         yield LabelRows.concat(held)
 
 
-def _to_batch(rows: LabelRows, spec: StoreSpec) -> pa.RecordBatch:
+def _to_batch(rows: LabelRows, fields: list[pa.Field], spec: StoreSpec) -> pa.RecordBatch:
     resize = np.zeros((len(rows), 2), np.int32) if rows.resize is None else rows.resize
     no_resize = np.full(len(rows), rows.resize is None)
     arrays = [
@@ -152,7 +168,7 @@ def _to_batch(rows: LabelRows, spec: StoreSpec) -> pa.RecordBatch:
         # What a null hides is part of the bytes.
         pa.array(np.where(rows.has_pixel_hash, rows.pixel_hash, 0).astype(np.uint64), mask=~rows.has_pixel_hash),
     ]
-    return pa.record_batch(arrays, schema=pa.schema(label_fields(spec)))
+    return pa.record_batch(arrays, schema=pa.schema(fields))
 
 
 def _writer(out: HashingWriter, fields: list[pa.Field], about: dict[str, Any]) -> pa.RecordBatchFileWriter:
@@ -160,16 +176,30 @@ def _writer(out: HashingWriter, fields: list[pa.Field], about: dict[str, Any]) -
     return pa.ipc.new_file(out, schema, options=pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False))
 
 
-def _read(data: bytes, fields: list[pa.Field], *, where: str) -> tuple[pa.Table, dict[str, Any]]:
+def _read(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
     try:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         table.validate(full=True)
         about = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
         raise StoreDamagedError("a file of a store is readable Arrow", actual=str(error), where=where) from error
-    if not table.schema.equals(pa.schema(fields)) or not isinstance(about, dict):
-        raise StoreDamagedError("a file of a store has its format's columns", actual=table.schema.names, where=where)
+    if not isinstance(about, dict):
+        raise StoreDamagedError("a file of a store says what it is", actual=about, where=where)
     return table, about
+
+
+def _views(about: dict[str, Any], *, where: str) -> range:
+    start, stop, source = (*about.get("views", ()), about.get("source"), None, None)[:3]
+    if not (isinstance(start, int) and isinstance(stop, int) and isinstance(source, int) and 0 <= start < stop):
+        raise StoreDamagedError(
+            "a label shard says which views of which image shard it holds", actual=about, where=where
+        )
+    return range(start, stop)
+
+
+def _require_fields(table: pa.Table, fields: list[pa.Field], *, where: str) -> None:
+    if not table.schema.equals(pa.schema(fields)):
+        raise StoreDamagedError("a file of a store has its format's columns", actual=table.schema.names, where=where)
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

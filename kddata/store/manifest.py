@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kddata.cards import StoreSpec, differences
-from kddata.errors import StoreMismatchError, StoreMissingError
+from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingError
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
 
@@ -82,6 +82,15 @@ class Receipt:
     tail_sum: float
 
 
+def manifest_name(generation: int) -> str:
+    return f"manifest-{generation:06d}.json"
+
+
+def extension_name(generation: int) -> str:
+    """Of the record of an extension that is under way to this generation; it is removed when that is committed."""
+    return f"extension-{generation:06d}.json"
+
+
 def index_name(shard: int) -> str:
     return f"index/{shard:05d}.arrow"
 
@@ -95,31 +104,47 @@ def receipt_name(unit: int) -> str:
 
 
 def plan_units(
-    num_images: Sequence[int], *, views_per_image: int, unit_images: int, unit_views: int | None
+    num_images: Sequence[int],
+    *,
+    views: tuple[int, int],
+    unit_images: int,
+    unit_views: int | None,
+    base: dict[str, Any] | None = None,
 ) -> list[Unit]:
-    """All units: for each image shard, for each piece of it, for each range of views."""
+    """All units over views `views[0]` to `views[1]`: for each image shard, for each piece of it, for each view range.
+
+    Args:
+        base: the manifest of the generation before, whose units are left out; numbers go on from its last one.
+    """
     units: list[Unit] = []
-    step = unit_views or views_per_image
+    first_number = 0 if base is None else len(base["units"])
     for shard, count in enumerate(num_images):
+        first, stop = views
+        if base is not None and shard < len(base["image_shards"]):
+            first += base["views_per_image"]
+        step = unit_views or max(1, stop - first)
         for piece, start in enumerate(range(0, count, unit_images)):
-            for view_start in range(0, views_per_image, step):
+            for view_start in range(first, stop, step):
                 units.append(
                     Unit(
-                        number=len(units),
+                        number=first_number + len(units),
                         shard=shard,
                         piece=piece,
                         start=start,
                         stop=min(start + unit_images, count),
                         view_start=view_start,
-                        view_stop=min(view_start + step, views_per_image),
+                        view_stop=min(view_start + step, stop),
                     )
                 )
     return units
 
 
-def header(spec: StoreSpec, *, location: str | tuple[str, ...], kind: str, views_per_image: int) -> dict[str, Any]:
+def header(
+    spec: StoreSpec, *, location: str | tuple[str, ...], kind: str, views_per_image: int, first_view: int = 0
+) -> dict[str, Any]:
     """The content of store.json."""
     return {
+        "first_view": first_view,
         "fingerprint": spec.fingerprint,
         "format_version": spec.format_version,
         "images": {"kind": kind, "location": location if isinstance(location, str) else list(location)},
@@ -133,7 +158,8 @@ def require_same(stored: dict[str, Any], wanted: dict[str, Any], *, where: str) 
     """Raises StoreMismatchError naming every field in which two headers differ; library versions may."""
 
     def flat(value: dict[str, Any]) -> dict[str, Any]:
-        return {**value["spec"], "images": value["images"], "views_per_image": value["views_per_image"]}
+        views = {key: value[key] for key in ("first_view", "views_per_image")}
+        return {**value["spec"], "images": value["images"], **views}
 
     found = differences(flat(stored), flat(wanted))
     if found:
@@ -141,7 +167,8 @@ def require_same(stored: dict[str, Any], wanted: dict[str, Any], *, where: str) 
             "a store keeps what it was begun with",
             actual="; ".join(f"{key}: stored {mine!r}, asked {theirs!r}" for key, mine, theirs in found),
             where=where,
-            fix="name another store, or go back to the stored values (nothing was changed)",
+            fix="name another store, or go back to the stored values (nothing was changed); `kddata extend` adds "
+            "views and images to a finished store",
         )
 
 
@@ -170,10 +197,17 @@ def manifest(
     receipts: dict[int, Receipt],
     *,
     files: dict[str, str],
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of a manifest, generation 1. `files` are the SHA-256s of the records that it folds in."""
+    """The content of a manifest: of generation 1, or of the one after `base`, which it holds all of.
+
+    Args:
+        units, receipts: what this generation adds.
+        files: the SHA-256s of the records that it folds in.
+    """
     done = [receipts[unit.number] for unit in units]
-    bad = dict(pair for receipt in done for pair in reversed(receipt.bad))
+    before: dict[str, Any] = base or {"bad": [], "files": {}, "generation": 0, "totals": {}, "units": []}
+    bad = dict(pair for receipt in done for pair in reversed(receipt.bad)) | dict(before["bad"])
     entries = [
         {
             **{"file": labels_name(unit.number), "rows": receipt.rows, "bytes": receipt.bytes},
@@ -182,41 +216,55 @@ def manifest(
         }
         for unit, receipt in zip(units, done, strict=True)
     ]
+    sums = {
+        name: before["totals"].get(name, 0) + sum(getattr(receipt, name) for receipt in done)
+        for name in ("bytes", "correct", "entropy_sum", "labelled", "rows", "tail_sum")
+    }
     totals = {
+        **sums,
         "bad_images": len(bad),
-        "bytes": sum(receipt.bytes for receipt in done),
-        "correct": sum(receipt.correct for receipt in done),
-        "entropy_sum": sum(receipt.entropy_sum for receipt in done),
         "images": sum(shard.num_images for shard in shards) - len(bad),
-        "labelled": sum(receipt.labelled for receipt in done),
-        "rows": sum(receipt.rows for receipt in done),
-        "tail_sum": sum(receipt.tail_sum for receipt in done),
-        "units": len(units),
+        "units": len(before["units"]) + len(units),
     }
     return {
         **head,
         "bad": sorted(bad.items()),
-        "files": files,
-        "generation": 1,
+        "files": {**before["files"], **files},
+        "generation": before["generation"] + 1,
         "image_shards": [dataclasses.asdict(shard) for shard in shards],
         "totals": totals,
-        "units": entries,
+        "units": [*before["units"], *entries],
     }
 
 
+def newest(storage: Storage) -> tuple[str, bytes] | None:
+    """Name and bytes of the newest manifest; None where there is none. Generations are tried from 1 on: no listing."""
+    found, generation = None, 1
+    while (data := read_or_none(storage, manifest_name(generation))) is not None:
+        found, generation = (manifest_name(generation), data), generation + 1
+    return found
+
+
 def find(storage: Storage) -> dict[str, Any] | None:
-    """The content of the manifest; None where there is none."""
-    data = read_or_none(storage, MANIFEST)
-    return None if data is None else unseal(data, where=f"{storage.url}/{MANIFEST}")
+    """The content of the newest manifest; None where there is none."""
+    found = newest(storage)
+    return None if found is None else unseal(found[1], where=f"{storage.url}/{found[0]}")
 
 
 def load(storage: Storage) -> dict[str, Any]:
-    """The content of the manifest. Raises StoreMissingError, saying whether there is an unfinished store."""
+    """The content of the newest manifest. Raises StoreMissingError, saying whether there is an unfinished store."""
     committed = find(storage)
     if committed is not None:
         return committed
     if read_or_none(storage, HEADER) is None:
         raise StoreMissingError(f"a label store is a folder with a {MANIFEST}", where=storage.url, fix="check the path")
+    if any(name.startswith("manifest-") for name in storage.sizes()):
+        raise StoreDamagedError(
+            "the manifests of all generations stay in a store",
+            actual=f"a later one and no {MANIFEST}",
+            where=storage.url,
+            fix="restore it from a copy",
+        )
     raise StoreMissingError(
         "a store is read when its labelling has finished",
         actual=f"{len(storage.sizes('receipts'))} finished units and no manifest",

@@ -221,9 +221,9 @@ class LabelStore:
         if manifest.read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
         tally = Tally(unit, where=f"unit {unit.number} of {self.url}")
-        batches = tally.watch(arrow.rebatch(rows, arrow.batch_rows(self.spec)))
+        batches = tally.watch(arrow.rebatch(rows, arrow.batch_rows(self.spec, unit.num_views)))
         with self.storage.replacing(manifest.labels_name(unit.number)) as out:
-            arrow.write_labels(out, self.spec, unit.number, batches)
+            arrow.write_labels(out, self.spec, unit, batches)
             tally.close(bad)
         receipt = Receipt(
             unit=unit.number,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kddata import errors
 from kddata.cards import StoreSpec, TeacherCard
 from kddata.labels import SoftLabels
-from kddata.store import LabelRows, LabelStore, arrow, codecs, verify_store
+from kddata.store import LabelRows, LabelStore, Unit, arrow, codecs, verify_store
 from kddata.store.manifest import MANIFEST, plan_units
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import HashingWriter
@@ -21,6 +21,7 @@ from kddata.testing import begin_small_store, made_up_rows, small_store, soft_la
 from kddata.views import ViewPlan
 
 TEMPERATURES = (1.0, 2.0)
+UNIT = Unit(number=7, shard=0, piece=0, start=0, stop=1, view_start=0, view_stop=1)
 
 
 def _spec(labels):
@@ -124,7 +125,7 @@ def _shard(rows, spec, cuts, batch_rows):
     data = io.BytesIO()
     ends = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
     parts = [rows.take(slice(start, stop)) for start, stop in pairwise(ends)]
-    arrow.write_labels(HashingWriter(data), spec, 7, arrow.rebatch(parts, batch_rows))
+    arrow.write_labels(HashingWriter(data), spec, UNIT, arrow.rebatch(parts, batch_rows))
     return data.getvalue()
 
 
