@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -70,6 +71,24 @@ def test_16_bit_channels_keep_their_high_byte() -> None:
         assert torch.equal(pixels, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 5, 7))
 
 
+def png(width: int, height: int, bits: int, color: int, rows: bytes, *, before: bytes = b"") -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    end = chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + before + chunk(b"IHDR", header) + end
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_16_bit_colour_keeps_its_high_byte() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    pixels = decode(png(7, 5, 16, 2, rows), max_pixels=LIMIT)
+    assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
 def test_jpegs_of_any_colour_space_decode_to_rgb() -> None:
     for image in (RGB, GREY, RGB.convert("CMYK")):
         data = saved(image, "JPEG", quality=95)
@@ -102,13 +121,16 @@ def test_no_warning_comes_from_decoding() -> None:
     ("data", "message"),
     [
         (b"", "zero bytes"),
-        (b"this is a text, not a picture", "29 bytes that start with 'this is a te', no known image format"),
+        (
+            b"this is a text, not a picture",
+            "29 bytes that start with 'this is a te', no whole header of a known format",
+        ),
         (b"\xff\xd8\xff", "cut inside the header"),
         (encode(PIXELS, "jpg")[:100], "cut inside the header"),
-        (encode(PIXELS, "png")[:20], "cut inside the header"),
+        (encode(PIXELS, "png")[:20], "20 bytes: Truncated File Read"),
         (encode(PIXELS, "jpg")[:-300], "incomplete or truncated"),
         (encode(PIXELS, "jpg")[:-2], "incomplete or truncated"),
-        (encode(PIXELS, "png")[:-300], "PNG of"),
+        (encode(PIXELS, "png")[:-300], "truncated"),
         (saved(RGB, "WEBP")[:-100], "bytes"),
         (saved(RGB, "BMP")[:-100], "truncated"),
         (saved(RGB.convert("CMYK"), "JPEG")[:-100], "truncated"),
@@ -124,20 +146,8 @@ def test_what_is_no_whole_image_is_named(data: bytes, message: str) -> None:
     assert "limits.bad_images" in str(caught.value)
 
 
-def png_bomb(side_px: int) -> bytes:
-    """A small PNG whose header claims a huge image and whose data would fill it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side_px, side_px, 8, 0, 0, 0, 0)
-    squeezer = zlib.compressobj(9)
-    rows = b"".join(squeezer.compress(bytes(side_px + 1)) for _ in range(side_px)) + squeezer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 def test_a_bomb_is_refused_by_its_header() -> None:
-    bomb = png_bomb(4_000)  # 16 KB that would be 48 MB
+    bomb = png(4_000, 4_000, 8, 0, bytes(4_001 * 4_000))  # 16 KB that would be 48 MB
     assert len(bomb) < 20_000
     with pytest.raises(BadImageError) as caught:
         decode(bomb, max_pixels=15_999_999)
@@ -147,9 +157,27 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     )
     assert decode(bomb, max_pixels=16_000_000).shape == (3, 4000, 4000)
     # Only a header, with nothing behind it: an attempt to decode would complain about the missing data instead.
-    for header in (bomb[:33], encode(PIXELS, "jpg")[:300], saved(RGB, "BMP")[:54], saved(RGB, "PPM")[:20]):
+    for header in (bomb[:60], encode(PIXELS, "jpg")[:300], saved(RGB, "BMP")[:54], saved(RGB, "PPM")[:20]):
         with pytest.raises(BadImageError, match="by its header, not decoded"):
             decode(header, max_pixels=10)
+
+
+def test_a_bomb_behind_a_false_header_is_refused() -> None:
+    # The place of the size in a plain PNG holds a small one; the real header comes later.
+    false = chunk(b"tEXt", struct.pack(">II", 1, 1) + bytes(5))
+    with pytest.raises(BadImageError):
+        decode(png(4_000, 4_000, 8, 0, bytes(4_001 * 4_000), before=false), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_damage_at_every_byte_leaves_the_process_alive(format: str) -> None:
+    """torchvision's decode_png dies of it: a change of decoder has to come past this test."""
+    data = saved(Image.fromarray(small_image(0, height_px=12, width_px=9)), format)
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 0xFF
+        with contextlib.suppress(BadImageError):
+            assert decode(bytes(damaged), max_pixels=LIMIT).dtype == torch.uint8
 
 
 def test_a_jpeg_frame_behind_long_segments_and_fill_bytes_is_found() -> None:
