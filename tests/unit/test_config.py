@@ -100,7 +100,7 @@ def test_a_number_with_an_exponent_is_a_number(write) -> None:
         (["num_classes=10"], "num_classes: no such key; the nearest is teacher.num_classes"),
         (["k=10"], "k: no such key; the nearest is labels.k"),
         (["zzz=1"], "zzz: no such key; known are images, store, teacher, views"),
-        (["labels.codec=compact"], "labels.codec: input should be 'exact'; got 'compact'"),
+        (["labels.codec=tiny"], "labels.codec: input should be 'exact'"),
         (["labels.k='10'"], "labels.k: input should be a valid integer; got '10'"),
         (["labels.k=true"], "labels.k: input should be a valid integer; got True"),
         (["labels.k=0"], "labels.k: input should be greater than or equal to 1; got 0"),
