@@ -1,7 +1,7 @@
 """What a person at a console sees of a job: a bar, a line now and then where there is no terminal, and one clean
 message for an error of theirs.
 
-Everything here goes to stderr; stdout belongs to results. Trade-off: speeds and times left are means since the start
+All but tables goes to stderr; stdout belongs to results. Trade-off: speeds and times left are means since the start
 of this process, not of the last seconds, so that they are steady enough to plan with.
 
 Exit codes: 0 done · 1 a bug or something unforeseen, with its traceback · 2 to 6 see `kddata.errors` ·
@@ -13,15 +13,17 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from kddata.errors import KddataError
 
 LINE_S = 10.0  # between two lines where there is no terminal
+_TABLE_COLUMNS = 120  # characters, where there is no terminal
 
 
 class Bar:
@@ -62,6 +64,14 @@ class Bar:
         if not self._console.is_terminal and (now - self._last_line >= self._line_s or done == total):
             self._last_line = now
             self._console.print(f"{self._what}: {text}", soft_wrap=True, markup=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of results on stdout."""
+    drawn = Table(*columns)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS).print(drawn)
 
 
 def clock(seconds: float) -> str:

@@ -4,6 +4,6 @@ page(Report(title=..., arms=[...], ...))     # text that needs no other file
 """
 
 from kddata.report.page import page
-from kddata.report.values import COLUMNS, LABELS_OF, Arm, Comparison, Cost, Report, Sample, StepAgreement
+from kddata.report.values import COLUMNS, LABELS_OF, Arm, Comparison, Cost, Kind, Report, Sample, StepAgreement
 
-__all__ = ["COLUMNS", "LABELS_OF", "Arm", "Comparison", "Cost", "Report", "Sample", "StepAgreement", "page"]
+__all__ = ["COLUMNS", "LABELS_OF", "Arm", "Comparison", "Cost", "Kind", "Report", "Sample", "StepAgreement", "page"]

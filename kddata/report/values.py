@@ -60,8 +60,8 @@ class Comparison:
         if i.high < 0:
             return f"{self.student}: distillation from the cache does worse than hard labels by {points} ({between})."
         return (
-            f"{self.student}: distillation from the cache does not beat hard labels: the difference of {points} may be "
-            f"chance ({between})."
+            f"{self.student}: distillation from the cache does not beat hard labels: the difference of "
+            f"{i.difference * 100:+.1f} points may be chance ({between})."
         )
 
 
