@@ -164,7 +164,7 @@ def test_render_refuses_a_box_that_leaves_the_image(box):
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
-        ("policy", "colour", "views.policy is one of none, center; got 'colour'"),
+        ("policy", "colour", "views.policy is one of none, center, color, randaugment; got 'colour'"),
         ("interpolation", "nearest", "views.interpolation is bilinear or bicubic; got 'nearest'"),
         ("area", (0.0, 1.0), r"0 < low <= high <= 1; got \(0.0, 1.0\)"),
         ("area", (0.5, 0.4), "views.area"),

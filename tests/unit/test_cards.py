@@ -27,6 +27,8 @@ OTHER = {
     "plan.flip_p": 0.25,
     "plan.interpolation": "bicubic",
     "plan.center_px": 224,
+    "plan.erase_p": 0.5,
+    "plan.mix": "mixup",
     "plan.version": 2,
     "teacher.arch": "torchvision:mobilenet_v3_small",
     "teacher.weights_sha256": "cd" * 32,
@@ -89,7 +91,7 @@ def test_the_fingerprint_is_pinned():
     assert SPEC.fingerprint == PINNED
 
 
-PINNED = "1bbdc37e9fa75631e1f1e8ed671c343c4a00cf88ef8b261718ec72e3076c09a7"
+PINNED = "d986f084482aabb75b6f75e0713ea283f4ac9a8b8a4626cbb38558eefd872e44"
 
 
 def test_json_and_back_is_the_same_spec():
