@@ -1,11 +1,13 @@
 """LabelStore: a folder of label shards that is begun, filled unit by unit, committed once, and then only read.
 
 Any process may die at any point; whoever begins the same store again goes on where receipts end. A label shard
-without a receipt counts for nothing and is written again. Trade-off: a committed store never changes, so reading it
-needs no lock and no listing: its manifest says all.
+without a receipt counts for nothing and is written again. Trade-off: a committed generation never changes, so reading
+it needs no lock and no listing: its manifest says all. An extension adds files and the next manifest; the older ones
+stay, each named with its hash by the next, and readers open the newest.
 
 Layout, in the order of writing: store.json, index/*.arrow, images.json, then for each unit labels/N.arrow and
-receipts/N.json, then manifest-000001.json; receipts are removed after it.
+receipts/N.json, then manifest-000001.json; receipts are removed after it. An extension in the same way: index/*.arrow
+of new image shards, extension-000002.json, new units, manifest-000002.json.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import pyarrow.compute as pc
 from kddata.cards import StoreSpec
 from kddata.errors import ConfigError, StoreDamagedError, StoreError, StoreMismatchError, StoreMissingError
 from kddata.store import arrow, manifest
-from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
+from kddata.store.manifest import HEADER, IMAGES, IndexedShard, Receipt, Unit
 from kddata.store.rows import LabelRows
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import TEMPORARY, Storage, open_storage
@@ -39,24 +41,38 @@ class LabelStore:
         spec: what its labels mean.
         location, kind: where its images lay when it was begun, and in which form.
         views_per_image: V, over all units.
-        manifest: the content of the manifest; None until committed.
+        first_view: index of the first of these views: 0, unless it is labelled apart to be merged.
+        manifest: the content of the newest manifest; None until committed, also while a store is being extended.
     """
 
-    def __init__(self, storage: Storage, head: dict[str, Any], committed: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        head: dict[str, Any],
+        committed: dict[str, Any] | None,
+        base: dict[str, Any] | None = None,
+    ) -> None:
         location = head["images"]["location"]
         self.storage = storage
         self.spec = StoreSpec.from_json(head["spec"])
         self.location: str | tuple[str, ...] = location if isinstance(location, str) else tuple(location)
         self.kind: str = head["images"]["kind"]
         self.views_per_image: int = head["views_per_image"]
+        self.first_view: int = head["first_view"]
         self.manifest = committed
         self._head = head
+        self._base = base  # the manifest that is being extended
         self._images: tuple[IndexedShard, ...] | None = None
         self._units: list[Unit] | None = None
         self._index: tuple[int, pa.Table] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LabelStore, (self.storage, self._head, self.manifest)  # what was read on the way is read again
+        return LabelStore, (
+            self.storage,
+            self._head,
+            self.manifest,
+            self._base,
+        )  # all else is read again
 
     @property
     def url(self) -> str:
@@ -65,7 +81,14 @@ class LabelStore:
 
     @classmethod
     def begin(
-        cls, url: str, *, spec: StoreSpec, location: str | tuple[str, ...], kind: str, views_per_image: int
+        cls,
+        url: str,
+        *,
+        spec: StoreSpec,
+        location: str | tuple[str, ...],
+        kind: str,
+        views_per_image: int,
+        first_view: int = 0,
     ) -> LabelStore:
         """A store to fill: a new one, or one that was begun equally, finished or not.
 
@@ -74,10 +97,14 @@ class LabelStore:
         """
         if views_per_image < 1:
             raise ConfigError("views.per_image is at least 1", actual=views_per_image)
-        if spec.plan.policy == "center" and views_per_image != 1:
+        if spec.plan.policy == "center" and (views_per_image, first_view) != (1, 0):
             raise ConfigError("policy center has one view an image", actual=views_per_image, fix="per_image: 1")
+        if first_view < 0:
+            raise ConfigError("views.first is at least 0", actual=first_view)
         storage = open_storage(url)
-        head = manifest.header(spec, location=location, kind=kind, views_per_image=views_per_image)
+        head = manifest.header(
+            spec, location=location, kind=kind, views_per_image=views_per_image, first_view=first_view
+        )
         stored = manifest.read_or_none(storage, HEADER)
         if stored is None:
             others = [name for name in storage.sizes() if not TEMPORARY.search(name) and name != HEADER]
@@ -88,11 +115,58 @@ class LabelStore:
             if storage.create(HEADER, seal(head)):
                 return cls(storage, head, None)
             stored = storage.read(HEADER)
-        where = f"{storage.url}/{HEADER}"
-        found = unseal(stored, where=where)
-        manifest.require_same(found, head, where=where)
+        committed = manifest.find(storage)  # it counts where there is one, as an extension changes what store.json said
+        found = committed or unseal(stored, where=f"{storage.url}/{HEADER}")
+        manifest.require_same(found, head, where=storage.url)
         manifest.warn_of_libraries(found["libraries"], where=storage.url)
-        return cls(storage, found, manifest.find(storage))
+        return cls(storage, found, committed)
+
+    @classmethod
+    def extend(
+        cls,
+        url: str,
+        *,
+        spec: StoreSpec,
+        location: str | tuple[str, ...],
+        kind: str,
+        views_per_image: int,
+        first_view: int = 0,
+        names: Sequence[str],
+    ) -> LabelStore:
+        """A committed store to add views or image shards to, filled like a new one; one already extended so, committed.
+
+        Its `units` are the new ones. Files that are there stay as they are.
+
+        Args:
+            names: of all image shards in order, the former ones first.
+
+        Raises StoreMismatchError, naming the field, for what an extension cannot change, for fewer views or other
+        image shards than there are, and for another extension than the one under way.
+        """
+        storage = open_storage(url)
+        base = manifest.load(storage)
+        head = manifest.header(
+            spec, location=location, kind=kind, views_per_image=views_per_image, first_view=first_view
+        )
+        may_change = {
+            "images": {**base["images"], "location": head["images"]["location"]},
+            "views_per_image": max(views_per_image, base["views_per_image"]),
+        }
+        manifest.require_same({**base, **may_change}, head, where=storage.url)
+        known = [shard["name"] for shard in base["image_shards"]]
+        if list(names[: len(known)]) != known:
+            raise StoreMismatchError(
+                "an extension names the image shards of its store first, in their order, and new ones after them",
+                actual=f"stored {known[:3]}..., asked {list(names[:3])}...",
+                where=storage.url,
+            )
+        if (views_per_image, len(names)) == (base["views_per_image"], len(known)):
+            return cls(storage, base, base)
+        store = cls(storage, head, None, base)
+        if store._sealed_list() is not None:
+            store._require_list(names)
+        manifest.warn_of_libraries(base["libraries"], where=storage.url)
+        return store
 
     @classmethod
     def open(cls, url: str) -> LabelStore:
@@ -112,6 +186,8 @@ class LabelStore:
         """Numbers of the image shards that have an index."""
         if self._known_images() is not None:
             return set(range(len(self.images)))
+        if self._base is not None:  # what an extension that was given up left behind is no index
+            return set(range(len(self._base["image_shards"])))
         return _numbers(self.storage.sizes("index"))
 
     def write_index(
@@ -141,11 +217,16 @@ class LabelStore:
         Raises StoreMismatchError for image shards that are not the ones that were indexed.
         """
         if self._known_images() is None:
+            shards: list[IndexedShard] = []
             numbers = sorted(self.indexed_shards())
+            if self._base is not None:
+                assert names is not None, "an extension names its image shards"
+                shards = [IndexedShard(**shard) for shard in self._base["image_shards"]]
+                numbers = list(range(len(names)))
+                self.storage.remove_folder("receipts")  # of units of an extension that was given up, or left behind
             if numbers != list(range(len(numbers))):
                 raise StoreError("every image shard is indexed", actual=f"{numbers[:8]}", where=self.url)
-            shards = []
-            for number in numbers:
+            for number in numbers[len(shards) :]:
                 data = self.storage.read(manifest.index_name(number))
                 table, about = arrow.read_index(data, where=f"{self.url}/{manifest.index_name(number)}")
                 shards.append(
@@ -157,8 +238,9 @@ class LabelStore:
                     )
                 )
             _require_names(shards, names, where=self.url)
-            self.storage.create(IMAGES, seal({"shards": [dataclasses.asdict(shard) for shard in shards]}))
-        _require_names(self.images, names, where=self.url)
+            record = {"shards": [dataclasses.asdict(shard) for shard in shards]}
+            self.storage.create(self._list_name, seal(record if self._base is None else {**self._head, **record}))
+        self._require_list(names)
 
     @property
     def images(self) -> tuple[IndexedShard, ...]:
@@ -190,14 +272,19 @@ class LabelStore:
     # -- labelling ------------------------------------------------------------------------------------------------
 
     def units(self) -> list[Unit]:
-        """All units, by number."""
+        """All units, by number; of a store that is being extended, the new ones."""
         if self._units is None:
-            self._units = manifest.plan_units(
-                [shard.num_images for shard in self.images],
-                views_per_image=self.views_per_image,
-                unit_images=self.spec.unit_images,
-                unit_views=self.spec.unit_views,
-            )
+            if self.manifest is not None:
+                names = [field.name for field in dataclasses.fields(Unit)]
+                self._units = [Unit(**{name: unit[name] for name in names}) for unit in self.manifest["units"]]
+            else:
+                self._units = manifest.plan_units(
+                    [shard.num_images for shard in self.images],
+                    views=(self.first_view, self.first_view + self.views_per_image),
+                    unit_images=self.spec.unit_images,
+                    unit_views=self.spec.unit_views,
+                    base=self._base,
+                )
         return self._units
 
     def finished(self) -> dict[int, Receipt]:
@@ -216,7 +303,9 @@ class LabelStore:
         Raises StoreError for rows that are not those of the unit. Nothing is published then.
         """
         if self.manifest is not None:
-            raise StoreError("a committed store does not change", where=self.url)
+            raise StoreError(
+                "a committed store does not change", where=self.url, fix="`kddata extend` adds views or images to it"
+            )
         name = manifest.receipt_name(unit.number)
         if manifest.read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
@@ -248,10 +337,12 @@ class LabelStore:
         Raises StoreMissingError unless every unit is finished, and StoreDamagedError where a finished shard is gone.
         """
         if self.manifest is None:
-            if manifest.find(self.storage) is None:
-                self.storage.create(MANIFEST, seal(self._fold()))
-            self.manifest = manifest.find(self.storage)
-            assert self.manifest is not None
+            generation = 1 if self._base is None else self._base["generation"] + 1
+            if manifest.read_or_none(self.storage, manifest.manifest_name(generation)) is None:
+                self.storage.create(manifest.manifest_name(generation), seal(self._fold()))
+            self.manifest = manifest.load(self.storage)
+            self._units = self._images = self._base = None
+        self.storage.remove(manifest.extension_name(self.manifest["generation"]))
         self.storage.remove_folder("receipts")
         for name in self.storage.sizes():
             if TEMPORARY.search(name):  # left behind by a writer that died
@@ -278,8 +369,9 @@ class LabelStore:
                     where=f"{self.url}/{name}",
                     fix=f"remove {manifest.receipt_name(unit.number)} and run the same label command again",
                 )
-        files = {name: hashlib.sha256(self.storage.read(name)).hexdigest() for name in (HEADER, IMAGES)}
-        return manifest.manifest(self._head, self.images, units, receipts, files=files)
+        records = (HEADER, IMAGES) if self._base is None else (manifest.manifest_name(self._base["generation"]),)
+        files = {name: hashlib.sha256(self.storage.read(name)).hexdigest() for name in records}
+        return manifest.manifest(self._head, self.images, units, receipts, files=files, base=self._base)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -319,7 +411,9 @@ class LabelStore:
             "fingerprint": self.spec.fingerprint,
             "spec": self.spec.to_json(),
             "images": {"location": self.location, "kind": self.kind, "shards": len(self.images)},
+            "first_view": self.first_view,
             "views_per_image": self.views_per_image,
+            "generation": self._committed["generation"],
             "libraries": self._committed["libraries"],
             **{key: totals[key] for key in ("units", "rows", "bytes", "bad_images", "correct", "labelled")},
             "labelled_images": totals["images"],
@@ -347,12 +441,30 @@ class LabelStore:
             if self.manifest is not None:
                 shards = self.manifest["image_shards"]
             else:
-                data = manifest.read_or_none(self.storage, IMAGES)
-                if data is None:
+                record = self._sealed_list()
+                if record is None:
                     return None
-                shards = unseal(data, where=f"{self.url}/{IMAGES}")["shards"]
+                shards = record["shards"]
             self._images = tuple(IndexedShard(**shard) for shard in shards)
         return self._images
+
+    @property
+    def _list_name(self) -> str:
+        """The record of the image shards; an extension's also says what it was asked for."""
+        return IMAGES if self._base is None else manifest.extension_name(self._base["generation"] + 1)
+
+    def _sealed_list(self) -> dict[str, Any] | None:
+        data = manifest.read_or_none(self.storage, self._list_name)
+        return None if data is None else unseal(data, where=f"{self.url}/{self._list_name}")
+
+    def _require_list(self, names: Sequence[str] | None) -> None:
+        """Raises StoreMismatchError unless the sealed image shards, and an extension under way, are these."""
+        where = f"{self.url}/{self._list_name}"
+        if self._base is not None:
+            record = self._sealed_list()
+            assert record is not None
+            manifest.require_same(record, self._head, where=where)
+        _require_names(self.images, names, where=where)
 
     def _index_table(self, shard: int) -> pa.Table:
         """The index of an image shard; the last one used is kept, as units are worked on in order."""
