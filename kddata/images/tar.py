@@ -47,8 +47,8 @@ class TarSource:
     def scan(self, shard_name: str) -> tuple[ImageShard, list[ImageRef]]:
         """Walks the headers of one tar by seeks. Labels come from KEY.cls, before or after the image.
 
-        A truncated tar keeps its whole members. The image at the cut stays, with the bytes that are there, and fails
-        when it is decoded; where the cut is elsewhere, one empty image of the name `SHARD#cut` stands for it.
+        A truncated tar keeps its whole members. The image at the cut stays, with no bytes, so that it fails when it is
+        decoded; where the cut is elsewhere, one empty image of the name `SHARD#cut` stands for what is lost.
 
         Raises SourceError for a file that is no tar, a damaged header, a hostile or repeated name, a link or sparse
         file in place of an image, or a label that is no class index.
@@ -106,10 +106,10 @@ def _walk(file: IO[bytes], size: int, shard: str, url: str) -> tuple[list[tuple[
     for name, offset, length in _members(file, size, url):
         parts = _KEY.fullmatch(name or "")
         key, suffix = parts.groups() if parts else ("", "")
-        there = min(length, size - offset)
-        if is_image_suffix(suffix):
-            images.append((check_image_id(key, url), offset, there))
-        elif name is None or there < length:
+        cut = name is None or offset + length > size
+        if is_image_suffix(suffix):  # a part of an image is none, even where a decoder would take it
+            images.append((check_image_id(key, url), offset, 0 if cut else length))
+        elif cut:
             images.append((shard + _CUT, offset, 0))
         elif suffix.lower() == "cls":
             file.seek(offset)
@@ -143,6 +143,9 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tuple[str | None,
             if member.size > _MAX_NAME_BYTES:
                 raise _damaged(f"a name header of {member.size} bytes", position, url)
             data = file.read(member.size)
+            if len(data) < member.size:
+                yield None, 0, 0
+                return
             if member.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             else:

@@ -125,6 +125,7 @@ def test_a_truncated_tar_keeps_what_is_whole_and_lists_the_cut(tmp_path: Path) -
     cuts = {  # byte where the file ends: ids that are listed
         whole[2].offset + 100: ["0", "1", "2"],  # inside an image, which stays
         whole[2].offset: ["0", "1", "2"],
+        whole[2].offset + len(JPEG) - 1: ["0", "1", "2"],
         whole[2].offset - 10: ["0", "1", "x.tar#cut"],  # inside a header
         whole[2].offset - 512: ["0", "1", "x.tar#cut"],  # between two members: no end mark
         whole[2].offset - 1024: ["0", "1", "x.tar#cut"],  # inside a label
@@ -138,7 +139,9 @@ def test_a_truncated_tar_keeps_what_is_whole_and_lists_the_cut(tmp_path: Path) -
             if ref.image_id in ("0", "1"):
                 decode(data, max_pixels=10_000)
             else:
-                with pytest.raises(BadImageError, match=r"zero bytes|whole header|cut inside the header|truncated"):
+                with pytest.raises(
+                    BadImageError, match="zero bytes: an empty file, or one that a truncated tar has lost"
+                ):
                     decode(data, max_pixels=10_000)
     path.write_bytes(
         full[: whole[2].offset + 1024 + 3 * 512]
@@ -169,7 +172,7 @@ def test_lying_sizes_neither_loop_nor_fill_memory(tmp_path: Path, size: int) -> 
             source.scan("x.tar")
     else:
         (ref,) = source.scan("x.tar")[1]
-        assert source.fetch("x.tar", ref) == JPEG
+        assert (ref.image_id, source.fetch("x.tar", ref)) == ("a", b"")
         far = ImageRef(image_id="a", label=None, offset=512, length=1 << 62)
         with pytest.raises(SourceError, match="image files stay as they were"):
             source.fetch("x.tar", far)
