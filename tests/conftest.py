@@ -18,9 +18,9 @@ def s3_bucket() -> Iterator[str]:
 
     One for all tests: fsspec keeps its S3 connection for as long as the process lives.
     """
-    server = pytest.importorskip("moto.server", reason="moto is not installed")
-    fsspec = pytest.importorskip("fsspec")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    import fsspec
+    from moto import server
+
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
