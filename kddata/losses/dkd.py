@@ -6,7 +6,9 @@ from torch import Tensor
 
 from kddata.labels import DenseTail, SoftLabels
 from kddata.losses.dense import batch_with_targets, kl, reduce_rows, split_target, teacher_log_p
+from kddata.losses.fused import Backend, fused_dkd_loss, kernels_for
 from kddata.losses.hard import Reduction
+from kddata.losses.kd import check_labels
 from kddata.losses.lskd import standardize
 
 
@@ -23,6 +25,7 @@ def dkd_loss(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     weights_B: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """T^2 (alpha TCKD + beta NCKD), the mean over rows with a target; rows without one have no loss.
 
@@ -31,10 +34,20 @@ def dkd_loss(
 
     KD itself is `TCKD + (1 - p_y) NCKD`. Where the reference takes the log of a rounded probability, and gives NaN for
     logits hundreds apart, all of this is done in logarithms. Needs all classes (k = C), or a named tail;
-    `standardized`, the variant on standardised logits (see lskd.py), needs all classes.
+    `standardized`, the variant on standardised logits (see lskd.py), needs all classes. On CUDA a kernel does the plain
+    form of up to 4096 classes; `backend` is that of `kd_loss`.
     Source: Zhao et al., arXiv 2203.08679.
     """
     dense = batch_with_targets(student_logits_BC, labels, targets_B, ignore_index=ignore_index)
+    kernels = None
+    if targets_B is not None and not standardized and labels.k == labels.num_classes:
+        check_labels(student_logits_BC, labels)
+        kernels = kernels_for(backend, student_logits_BC, labels)
+    if kernels is not None:
+        options = {"alpha": alpha, "beta": beta, "reduction": reduction, "ignore_index": ignore_index}
+        return fused_dkd_loss(
+            kernels, student_logits_BC, labels, targets_B, temperature=temperature, weights_B=weights_B, **options
+        )
     if standardized:
         student = standardize(dense.logits_BC)
         log_p = (standardize(teacher_log_p(dense, temperature=1.0)) / temperature).log_softmax(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,15 +21,17 @@ from kddata.losses.rows import RowStats
 if TYPE_CHECKING:
     from kddata.losses.kd import KDArgs
 
+Backend = Literal["auto", "torch", "triton"]
+
 logger = logging.getLogger(__name__)
 
 
-def kernels_for(args: KDArgs, logits_BC: Tensor, labels: SoftLabels) -> ModuleType | None:
-    """The kernels' package where `args.backend` asks for it and it serves these inputs; None means plain torch.
+def kernels_for(backend: Backend, logits_BC: Tensor, labels: SoftLabels) -> ModuleType | None:
+    """The kernels' package where `backend` asks for it and it serves these inputs; None means plain torch.
 
     Raises ConfigError where backend is triton and something is missing, saying what.
     """
-    if args.backend == "torch" or (args.backend == "auto" and logits_BC.device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and logits_BC.device.type != "cuda"):
         return None
     try:
         import kddata_kernels
@@ -43,7 +45,7 @@ def kernels_for(args: KDArgs, logits_BC: Tensor, labels: SoftLabels) -> ModuleTy
             missing = f"k = {labels.k}, and the kernels keep at most {kddata_kernels.MAX_K} classes"
         if missing is None:
             return kddata_kernels
-    if args.backend == "triton":
+    if backend == "triton":
         raise ConfigError(
             "backend triton needs a CUDA device (or TRITON_INTERPRET=1) and float32, bfloat16 or float16 logits",
             actual=missing,
@@ -57,8 +59,7 @@ def fused_kd_loss(
     kernels: ModuleType, logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None, args: KDArgs, *, stats: bool
 ) -> tuple[Tensor, RowStats | None]:
     """`kd_loss` by the kernels, and the statistics if asked for."""
-    if logits_BC.stride(-1) != 1:
-        logits_BC = logits_BC.contiguous()
+    logits_BC = _rows(logits_BC)
     tensors, options = _plain(logits_BC, labels, targets_B, args)
     if not stats:
         return kernels.kd_loss(logits_BC, *tensors, **options), None
@@ -79,6 +80,28 @@ def fused_kd_linear_loss(
     """`kd_linear_loss` by the kernels."""
     tensors, options = _plain(features_BD, labels, targets_B, args)
     return kernels.kd_linear_loss(features_BD.contiguous(), weight_CD.contiguous(), bias_C, *tensors, **options)
+
+
+def fused_dkd_loss(
+    kernels: ModuleType,
+    logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor,
+    *,
+    temperature: float,
+    weights_B: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`dkd_loss` of labels of all classes by the kernels."""
+    log_p_BK = labels.at(temperature)[0].detach().float().contiguous()
+    weights = None if weights_B is None else weights_B.detach().float().contiguous()
+    tensors = (_rows(logits_BC), labels.ids_BK.contiguous(), log_p_BK, targets_B.contiguous())
+    return kernels.dkd_loss(*tensors, temperature=temperature, weights_N=weights, **options)
+
+
+def _rows(logits_BC: Tensor) -> Tensor:
+    """Logits whose classes lie side by side; padded rows are welcome."""
+    return logits_BC if logits_BC.stride(-1) == 1 else logits_BC.contiguous()
 
 
 def _plain(

@@ -11,17 +11,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from kddata.errors import ConfigError, LabelError
 from kddata.labels import SoftLabels
-from kddata.losses.fused import fused_kd_loss, kernels_for
+from kddata.losses.fused import Backend, fused_kd_loss, kernels_for
 from kddata.losses.hard import Reduction, check_logits, hard_term, row_weights
 from kddata.losses.rows import TAILS, HardTerm, RowStats, SoftTerm, Tail, row_losses
-
-Backend = Literal["auto", "torch", "triton"]
 
 
 def kd_loss(
@@ -93,7 +90,7 @@ def kd_loss(
         debug=debug,
     )
     check_batch(student_logits_BC, labels, targets_B, args)
-    kernels, want_stats = kernels_for(args, student_logits_BC, labels), on_stats is not None
+    kernels, want_stats = kernels_for(backend, student_logits_BC, labels), on_stats is not None
     if kernels is not None:
         loss, stats = fused_kd_loss(kernels, student_logits_BC, labels, targets_B, args, stats=want_stats)
     else:

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from kddata.errors import ConfigError
 from kddata.labels import SoftLabels
-from kddata.losses.fused import fused_kd_linear_loss, kernels_for
-from kddata.losses.kd import Backend, KDArgs, check_batch, kd_terms
+from kddata.losses.fused import Backend, fused_kd_linear_loss, kernels_for
+from kddata.losses.kd import KDArgs, check_batch, kd_terms
 from kddata.losses.rows import HardTerm, SoftTerm, Tail, chunks, compute_dtype, loss_and_grad, take
 
 CHUNK_ROWS = 512
@@ -79,7 +79,7 @@ def kd_linear_loss(
     logits_BC = parts[0].detach()[:, :1].expand(-1, len(weight_CD))  # their shape, dtype and device, without memory
     check_batch(logits_BC, labels, targets_B, args)
     inputs = (parts[0], parts[1], parts[2] if len(parts) > 2 else None)
-    kernels = kernels_for(args, logits_BC, labels)
+    kernels = kernels_for(backend, logits_BC, labels)
     if kernels is not None:
         return fused_kd_linear_loss(kernels, *inputs, labels, targets_B, args)
     soft, hard = kd_terms(logits_BC, labels, targets_B, args)

@@ -124,7 +124,7 @@ def make(name: str, **args: Any) -> Method:
 
         kd      temperature, alpha=1, tail="bucket", label_smoothing=0, backend="auto"; see `kd_loss`
         hard    label_smoothing=0; ground truth alone, the baseline
-        dkd     temperature=4, alpha=1, beta=8, standardized=False, tail=None
+        dkd     temperature=4, alpha=1, beta=8, standardized=False, tail=None, backend="auto"
         lskd    temperature=2
         nkd     temperature=1, gamma=1.5, tail=None
         wsld    temperature=4, alpha=2.25, tail=None
@@ -167,6 +167,8 @@ def _check_value(key: str, value: object, annotation: str) -> None:
         raise ConfigError("method.temperature is above 0", actual=value)
     if annotation == "bool" and not isinstance(value, bool):
         raise ConfigError(f"method.{key} is true or false", actual=repr(value))
+    if annotation == "Backend" and value not in ("auto", "torch", "triton"):
+        raise ConfigError(f"method.{key} is auto, torch or triton", actual=repr(value))
     if annotation == "DenseTail | None" and value not in (None, "uniform", "renorm"):
         raise ConfigError(f"method.{key} is uniform, renorm or null", actual=repr(value))
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 COMPARISON = """
 import dataclasses, torch
 from kddata.labels import SoftLabels
-from kddata.losses import kd_loss, rows
+from kddata.losses import dkd_loss, kd_linear_loss, kd_loss, rows
 
 device = {device!r}
 generator = torch.Generator().manual_seed(0)
@@ -25,7 +25,7 @@ labels = SoftLabels.from_logits(randn(5, 37), k=4, temperatures=(2.0,))
 labels = dataclasses.replace(labels, ids_BK=labels.ids_BK.to(torch.uint16), log_p_BK=labels.log_p_BK.half())
 y, y2 = torch.tensor([[0, 1, -1, 36, 5], [0, 7, -1, -1, 2]], device=device)
 more = dict(alpha=0.3, ignore_index=-1, label_smoothing=0.1, targets2_B=y2, lam=0.6, weights_B=randn(5).abs())
-x = randn(5, 37).requires_grad_()
+x, features, weight, bias = (t.requires_grad_() for t in (randn(5, 37), randn(5, 8), randn(37, 8), randn(37)))
 
 def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -39,6 +39,18 @@ for tail in rows.TAILS:
             loss = kd_loss(x, labels, **args, **options, backend=backend, on_stats=stats.append)
             results.append((loss, *torch.autograd.grad(loss.sum(), x), *stats[0]))
         close(*results)
+results = []
+for backend in ("torch", "triton"):
+    loss = kd_linear_loss(features, weight, labels, y, bias_C=bias, temperature=2.0, **more, backend=backend)
+    results.append((loss, *torch.autograd.grad(loss, (features, weight, bias))))
+close(*results)
+dense = SoftLabels.from_logits(randn(5, 37), k=37)
+for options in ({{}}, {{"weights_B": more["weights_B"], "reduction": "none"}}):
+    results = []
+    for backend in ("torch", "triton"):
+        loss = dkd_loss(x, dense, y, temperature=2.0, ignore_index=-1, **options, backend=backend)
+        results.append((loss, torch.autograd.grad(loss.sum(), x)[0]))
+    close(*results)
 print("equal")
 """
 
