@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -100,8 +101,8 @@ def _read(path: Path, *, dims: int) -> np.ndarray:
         data = path.read_bytes() if path.is_file() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
     except (OSError, EOFError) as error:
         raise SourceError("an idx file can be read", actual=error, where=path) from error
-    shape = tuple(np.frombuffer(data[4 : 4 + 4 * dims], ">i4").tolist())
-    if data[:4] != bytes([0, 0, 8, dims]) or len(data) != 4 + 4 * dims + np.prod(shape, dtype=np.int64):
+    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, 4 + 4 * dims, 4))
+    if data[:4] != bytes([0, 0, 8, dims]) or len(data) != 4 + 4 * dims + math.prod(shape):
         raise SourceError(
             f"an idx file holds bytes in {dims} dimensions",
             actual=f"header {data[:4].hex()}, shape {shape}, {len(data)} bytes",
