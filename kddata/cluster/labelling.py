@@ -57,23 +57,28 @@ def label(
     *,
     teachers: int = 1,
     gpus_per_teacher: float = 0,
+    extend: bool = False,
     on_standing: Callable[[Standing], None] = lambda standing: None,
     window_units: int = WINDOW_UNITS,
 ) -> Labelled:
     """The finished store of a job, labelled by `teachers` processes; units that are finished already are kept.
 
-    Each process reserves `job.threads` CPUs and `gpus_per_teacher` GPUs; with any, its teacher is on a GPU.
+    Each process reserves `job.threads` CPUs and `gpus_per_teacher` GPUs; with any, its teacher is on a GPU. With
+    `extend`, what the job has and its finished store has not is added; see `labelling.prepare`.
 
     Raises ResourceError where the cluster has no room, ConfigError where its nodes would not see one store or source,
     and what `labelling.label_store` raises. Whatever ends it, the same call goes on from there.
     """
     with contextlib.suppress(StoreMissingError):
         LabelStore.open(job.store)  # finished: Ray need not start to see whether it is the one that is asked for
-        return Labelled(store=labelling.prepare(job), new_units=0)
+        if not extend:
+            return Labelled(store=labelling.prepare(job), new_units=0)
     with connected():
         require_shared({"images": job.images, "store": job.store, "teacher.weights": job.teacher.weights})
         require_room("teachers", teachers, cpus=job.threads, gpus=gpus_per_teacher, key="cluster.teachers")
-        store = labelling.prepare(job)
+        store = labelling.prepare(job, extend=extend)
+        if store.manifest is not None:
+            return Labelled(store=store, new_units=0)
         units, tally = labelling.missing_units(store), _Tally(store)
         labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
         on_standing(tally.standing())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from kddata.config.reading import Count, Location, NotNegative, Positive, Section, Share, absolute, all_absolute
 from kddata.errors import ConfigError
@@ -32,9 +34,13 @@ class Teacher(Section):
 
 
 class Views(Section):
-    """`views:` what is cut from each image. policy center: the evaluation view at the teacher's input size."""
+    """`views:` what is cut from each image. policy center: the evaluation view at the teacher's input size.
+
+    first: index of the first view, for stores that are labelled apart and merged.
+    """
 
     per_image: Count = 1
+    first: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     policy: Literal["none", "center"] = "none"
     area: Range = (0.08, 1.0)
@@ -118,6 +124,7 @@ def label_job(file: LabelFile) -> LabellingJob:
             center_px=teacher.size_px if views.policy == "center" else None,
         ),
         views_per_image=views.per_image,
+        first_view=views.first,
         k=file.labels.k,
         temperatures=file.labels.temperatures,
         codec=file.labels.codec,

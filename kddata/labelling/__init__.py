@@ -14,10 +14,12 @@ from kddata.labelling.job import (
     LabellingJob,
     check_bad_images,
     finish,
+    job_spec,
     label_store,
     load_job_teacher,
     missing_units,
     prepare,
+    require_distinct,
 )
 from kddata.labelling.unit import label_unit
 
@@ -26,9 +28,11 @@ __all__ = [
     "LabellingJob",
     "check_bad_images",
     "finish",
+    "job_spec",
     "label_store",
     "label_unit",
     "load_job_teacher",
     "missing_units",
     "prepare",
+    "require_distinct",
 ]

@@ -36,6 +36,7 @@ class LabellingJob:
         teacher: whom to ask.
         plan: how views are drawn.
         views_per_image: V.
+        first_view: index of the first of them, for stores that are labelled apart and merged.
         k, temperatures, codec: what is kept of an answer.
         unit_images, unit_views: most images, and views, of a unit.
         bad_images: share of all images that may be bad; past it the job fails.
@@ -49,6 +50,7 @@ class LabellingJob:
     teacher: TeacherArgs
     plan: ViewPlan
     views_per_image: int = 1
+    first_view: int = 0
     k: int
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
@@ -70,18 +72,21 @@ class Labelled:
     new_units: int
 
 
-def label_store(job: LabellingJob, *, on_receipt: Callable[[Receipt], None] | None = None) -> Labelled:
+def label_store(
+    job: LabellingJob, *, extend: bool = False, on_receipt: Callable[[Receipt], None] | None = None
+) -> Labelled:
     """The finished store of a job, labelled in this process; units that are finished already are kept.
 
     Equals: prepare, label_unit for each of missing_units, finish.
 
     Args:
+        extend: add the views and image shards that the job has and its finished store has not; see `prepare`.
         on_receipt: called with the receipt of each unit that is labelled now, for progress.
 
     Raises all that these raise. Whatever ends it, the same call goes on from there.
     """
     teacher = load_job_teacher(job)
-    store = prepare(job, card=teacher.card)
+    store = prepare(job, card=teacher.card, extend=extend)
     if store.manifest is not None:
         _log.info("%s is finished: nothing to do", store.url)
         return Labelled(store=store, new_units=0)
@@ -110,17 +115,35 @@ def load_job_teacher(job: LabellingJob) -> Teacher:
     )
 
 
-def prepare(job: LabellingJob, *, card: TeacherCard | None = None) -> LabelStore:
+def prepare(job: LabellingJob, *, card: TeacherCard | None = None, extend: bool = False) -> LabelStore:
     """The store of a job with all its images indexed, ready to be labelled or finished already.
 
     Args:
         card: of the job's teacher. Without one, the teacher is loaded on the CPU to make it, and dropped.
+        extend: the store is finished, and the job has more views an image, or image shards after those it had, which
+            become its next generation. Its `units` are the new ones; what is there stays byte for byte.
 
     Raises SourceError for no images or an id that occurs twice, StoreMismatchError for a store that was begun with
     other values, ConfigError for values that no store can have, TeacherError for a teacher that cannot be loaded.
     """
-    card = card or load_job_teacher(dataclasses.replace(job, device="cpu")).card
-    spec = StoreSpec(
+    spec = job_spec(job, card or load_job_teacher(dataclasses.replace(job, device="cpu")).card)
+    source = open_source(job.images)
+    names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
+    views = {"views_per_image": job.views_per_image, "first_view": job.first_view}
+    if extend:
+        store = LabelStore.extend(
+            job.store, spec=spec, location=source.location, kind=source.kind, names=names, **views
+        )
+    else:
+        store = LabelStore.begin(job.store, spec=spec, location=source.location, kind=source.kind, **views)
+    if store.manifest is None:
+        _index(store, source, names)
+    return store
+
+
+def job_spec(job: LabellingJob, card: TeacherCard) -> StoreSpec:
+    """The spec of the store of a job whose teacher has this card."""
+    return StoreSpec(
         plan=job.plan,
         teacher=card,
         k=job.k,
@@ -132,14 +155,6 @@ def prepare(job: LabellingJob, *, card: TeacherCard | None = None) -> LabelStore
         threads=job.threads,
         memory_format=job.memory_format,
     )
-    source = open_source(job.images)
-    names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
-    store = LabelStore.begin(
-        job.store, spec=spec, location=source.location, kind=source.kind, views_per_image=job.views_per_image
-    )
-    if store.manifest is None:
-        _index(store, source, names)
-    return store
 
 
 def missing_units(store: LabelStore) -> list[Unit]:
@@ -187,16 +202,15 @@ def _index(store: LabelStore, source: ImageSource, names: list[str]) -> None:
                 lengths=[ref.length for ref in refs],
             )
     store.finish_index(names)
-    _require_distinct(store)
+    require_distinct(store)
 
 
-def _require_distinct(store: LabelStore) -> None:
+def require_distinct(store: LabelStore) -> None:
     """Raises SourceError for an id in two image shards. Hashes first: 8 bytes an image, however many there are."""
 
     def pieces() -> Iterator[tuple[str, list[str]]]:
-        for unit in store.units():
-            if unit.view_start == 0:
-                yield store.images[unit.shard].name, store.read_index(unit)[0]
+        for number, shard in enumerate(store.images):
+            yield shard.name, store.image_ids(number)
 
     hashes = np.sort(np.concatenate([np.fromiter(map(hash, ids), np.int64) for _, ids in pieces()]))
     twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -21,8 +22,10 @@ from kddata import rng
 from kddata.cards import StoreSpec
 from kddata.errors import BadImageError, StoreMismatchError, TeacherError
 from kddata.images import ImageRef, ImageSource, decode, image_hash
+from kddata.labelling.mixing import Partners
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Receipt, Unit
+from kddata.store.rows import objects
 from kddata.teacher import Answers
 from kddata.views import View, ViewPlan, pixel_hash, render
 
@@ -32,12 +35,21 @@ _T = TypeVar("_T")
 
 
 def label_unit(
-    store: LabelStore, unit: Unit, source: ImageSource, teacher: Answers, *, max_pixels: int = 100_000_000
+    store: LabelStore,
+    unit: Unit,
+    source: ImageSource,
+    teacher: Answers,
+    *,
+    max_pixels: int = 100_000_000,
+    restore: bool = False,
 ) -> Receipt:
     """Labels one unit and publishes its shard; memory is bounded by two batches and one image, whatever the unit.
 
-    Each image is read and decoded once for all views of the unit. One that cannot be used is left out and listed in the
-    receipt with the reason.
+    Each image is read and decoded once for all views of the unit, and again where it is a partner; see `mixing`. One
+    that cannot be used is left out and listed in the receipt with the reason.
+
+    Args:
+        restore: write the shard of a committed store again, if that gives the bytes that it had.
 
     Raises TeacherError for answers of another width or that are not finite, naming images; SourceError for images that
     are no longer what was indexed; StoreMismatchError for another teacher than the store's. Nothing is published then.
@@ -52,7 +64,8 @@ def label_unit(
     bad: list[tuple[str, str]] = []
     views = _cut(store, unit, source, max_pixels=max_pixels, bad=bad)
     batches = _one_ahead(_batched(views, store.spec.batch_size))
-    return store.write_unit(unit, (_answer(store.spec, unit, batch, teacher) for batch in batches), bad=bad)
+    write = store.restore_unit if restore else store.write_unit
+    return write(unit, (_answer(store.spec, unit, batch, teacher) for batch in batches), bad=bad)
 
 
 class _Cut(NamedTuple):
@@ -75,7 +88,9 @@ def _cut(
         ImageRef(image_id=image_id, label=label, offset=offset, length=length)
         for image_id, label, offset, length in zip(*store.read_index(unit), strict=True)
     ]
-    for ref, data in source.stream(store.images[unit.shard].name, refs):
+    shard_name, size_px = store.images[unit.shard].name, spec.teacher.size_px
+    partners = Partners(spec, source, shard_name, refs, max_pixels=max_pixels)
+    for ref, data in source.stream(shard_name, refs):
         try:
             image = decode(data, max_pixels=max_pixels)
             views = _draw(spec.plan, unit, ref.image_id, image, max_pixels)
@@ -84,7 +99,9 @@ def _cut(
             continue
         digest = image_hash(data)
         for view_index, view in views:
-            pixels = render(image, view, size_px=spec.teacher.size_px, interpolation=spec.plan.interpolation)
+            mix, partner = partners.of(ref.image_id, view_index)
+            view = replace(view, mix=mix)
+            pixels = render(image, view, size_px=size_px, interpolation=spec.plan.interpolation, partner=partner)
             hashed = first or rng.unit_interval(0, "pixel hash", ref.image_id, view_index) < _HASHED_SHARE
             first = False
             yield _Cut(ref, view_index, view, digest, pixel_hash(pixels) if hashed else None, pixels)
@@ -132,6 +149,8 @@ def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) ->
         box=np.array([cut.view.box for cut in batch]),
         flip=np.array([cut.view.flip for cut in batch]),
         resize=np.array([cut.view.resize for cut in batch]) if resized else None,
+        ops=objects([cut.view.ops for cut in batch]) if spec.plan.has_ops else None,
+        mix=objects([cut.view.mix for cut in batch]) if spec.plan.has_mix else None,
         source=np.full(len(batch), unit.shard),
         offset=np.array([cut.ref.offset for cut in batch]),
         length=np.array([cut.ref.length for cut in batch]),

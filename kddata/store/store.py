@@ -201,12 +201,20 @@ class LabelStore:
         offsets: Sequence[int],
         lengths: Sequence[int],
     ) -> None:
-        """Writes the index of one image shard: where each image lies in it, in order."""
+        """Writes the index of one image shard: where each image lies in it, in order.
+
+        Of a committed store, again. Raises StoreMismatchError where that gives other bytes than the manifest's; nothing
+        is replaced then.
+        """
+        wanted = None
         if self._known_images() is not None:
-            raise StoreError("images are indexed before the first unit", where=self.url)
+            if self.manifest is None or shard >= len(self.images):
+                raise StoreError("images are indexed before the first unit", where=self.url)
+            wanted = self.images[shard].sha256
         about = {"fingerprint": self.spec.fingerprint, "name": name, "shard": shard, "size_bytes": size_bytes}
         with self.storage.replacing(manifest.index_name(shard)) as out:
             arrow.write_index(out, about, (ids, labels, offsets, lengths), self.spec.unit_images)
+            _require_sha256(out.sha256, wanted, where=f"{self.url}/{manifest.index_name(shard)}")
 
     def finish_index(self, names: Sequence[str] | None = None) -> None:
         """Seals the list of image shards: all of them are indexed. Does nothing if it is sealed already.
@@ -261,6 +269,10 @@ class LabelStore:
         ids, labels, offsets, lengths = (column.to_pylist() for column in table.columns)
         return ids, labels, offsets, lengths
 
+    def image_ids(self, shard: int) -> list[str]:
+        """The ids of the images of an image shard, in order."""
+        return self._index_table(shard)["image_id"].to_pylist()
+
     def find(self, image_id: str) -> list[Unit]:
         """The units that cover an image, by rising views; none where no index names it."""
         for shard in range(len(self.images)):
@@ -309,12 +321,30 @@ class LabelStore:
         name = manifest.receipt_name(unit.number)
         if manifest.read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
+        receipt = self._write_labels(unit, rows, bad)
+        if not self.storage.create(name, manifest.receipt_bytes(receipt)):
+            return self._receipt(unit.number)
+        return receipt
+
+    def restore_unit(self, unit: Unit, rows: Iterable[LabelRows], *, bad: Sequence[tuple[str, str]] = ()) -> Receipt:
+        """Writes the label shard of a committed unit again; the arguments are those of `write_unit`.
+
+        Raises StoreMismatchError where that gives other bytes than the manifest's. Nothing is replaced then.
+        """
+        return self._write_labels(unit, rows, bad, wanted=self._committed["units"][unit.number]["sha256"])
+
+    def _write_labels(
+        self, unit: Unit, rows: Iterable[LabelRows], bad: Sequence[tuple[str, str]], *, wanted: str | None = None
+    ) -> Receipt:
+        """Publishes the label shard of a unit, if it has the wanted SHA-256."""
         tally = Tally(unit, where=f"unit {unit.number} of {self.url}")
         batches = tally.watch(arrow.rebatch(rows, arrow.batch_rows(self.spec, unit.num_views)))
-        with self.storage.replacing(manifest.labels_name(unit.number)) as out:
+        name = manifest.labels_name(unit.number)
+        with self.storage.replacing(name) as out:
             arrow.write_labels(out, self.spec, unit, batches)
             tally.close(bad)
-        receipt = Receipt(
+            _require_sha256(out.sha256, wanted, where=f"{self.url}/{name}")
+        return Receipt(
             unit=unit.number,
             fingerprint=self.spec.fingerprint,
             rows=tally.rows,
@@ -327,9 +357,6 @@ class LabelStore:
             entropy_sum=tally.entropy_sum,
             tail_sum=tally.tail_sum,
         )
-        if not self.storage.create(name, manifest.receipt_bytes(receipt)):
-            return self._receipt(unit.number)
-        return receipt
 
     def commit(self) -> dict[str, Any]:
         """Publishes the manifest, removes what it replaces, and returns it. Calling it again does nothing more.
@@ -494,6 +521,16 @@ def _read_checked(storage: Storage, name: str, sha256: str | None) -> bytes:
             fix="`kddata verify` lists all damage; restore the file from a copy, or label again",
         )
     return data
+
+
+def _require_sha256(found: str, wanted: str | None, *, where: str) -> None:
+    if wanted not in (None, found):
+        raise StoreMismatchError(
+            "a file of a store is replaced by the same bytes alone",
+            actual=f"SHA-256 {found[:12]}... for {str(wanted)[:12]}...",
+            where=where,
+            fix="use the machine kind and the library versions that the store was made with (nothing was changed)",
+        )
 
 
 def _require_names(shards: Sequence[IndexedShard], names: Sequence[str] | None, *, where: str) -> None:
