@@ -208,6 +208,19 @@ def test_autocast_computes_in_float32() -> None:
     torch.testing.assert_close(loss, kd_loss(x, labels, temperature=2.0), rtol=0, atol=0)
 
 
+def test_compiles_as_one_graph() -> None:
+    labels, y = make_labels(), torch.tensor([0, -100, 2, 3])
+
+    def loss(x: Tensor) -> Tensor:
+        return kd_loss(x, labels, y, temperature=2.0, alpha=0.5)
+
+    torch.compiler.reset()
+    x = logits(0).requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, loss(x))
+    torch.testing.assert_close(grad_of(compiled, x), grad_of(loss(x), x))
+
+
 def test_linear_loss_under_autocast_follows_linear() -> None:
     features, weight = logits(3, 4, 5).requires_grad_(), logits(4, 7, 5).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
