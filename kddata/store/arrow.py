@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from kddata.cards import StoreSpec, canonical_json
 from kddata.errors import LabelError, StoreDamagedError
-from kddata.store import codecs, compact
+from kddata.store import codecs, compact, recipes
 from kddata.store.manifest import Unit
 from kddata.store.rows import LabelRows
 from kddata.store.storage import HashingWriter
@@ -50,7 +51,9 @@ _AFTER = [
 
 def label_fields(spec: StoreSpec, num_views: int) -> list[pa.Field]:
     """The columns of the label shard of a unit with so many views of each image."""
-    return compact.fields(spec, num_views) if spec.codec == "compact" else [*_BEFORE, *codecs.fields(spec), *_AFTER]
+    if spec.codec == "compact":
+        return [*compact.fields(spec, num_views), *recipes.fields(spec, nested=num_views)]
+    return [*_BEFORE, *codecs.fields(spec), *_AFTER, *recipes.fields(spec)]
 
 
 def batch_rows(spec: StoreSpec, num_views: int) -> int:
@@ -75,9 +78,9 @@ def write_labels(out: HashingWriter, spec: StoreSpec, unit: Unit, batches: Itera
     with _writer(out, schema, about) as writer:
         for rows in batches:
             if spec.codec == "compact":
-                writer.write_batch(
-                    pa.record_batch(compact.encode(rows, spec, unit.num_views), schema=pa.schema(schema))
-                )
+                arrays = compact.encode(rows, spec, unit.num_views)
+                arrays += recipes.encode(rows, spec, nested=unit.num_views)
+                writer.write_batch(pa.record_batch(arrays, schema=pa.schema(schema)))
             else:
                 writer.write_batch(_to_batch(rows, schema, spec))
 
@@ -99,7 +102,8 @@ def read_labels(data: bytes, spec: StoreSpec, unit_number: int, *, where: str) -
         raise StoreDamagedError("all views of a unit are resized, or none is", where=where)
     try:
         if spec.codec == "compact":
-            return compact.decode(columns, spec, views=views, source=about["source"])
+            rows = compact.decode(columns, spec, views=views, source=about["source"])
+            return replace(rows, **recipes.decode(columns, spec, where=where))
         labels = codecs.decode([columns[field.name] for field in codecs.fields(spec)], spec)
     except LabelError as error:
         raise StoreDamagedError(error.rule, actual=error.actual, where=where) from error
@@ -118,6 +122,7 @@ def read_labels(data: bytes, spec: StoreSpec, unit_number: int, *, where: str) -
         image_hash=_numbers(columns["image_hash"]),
         pixel_hash=_numbers(pixel_hash.fill_null(0)),
         has_pixel_hash=_numbers(pixel_hash.is_valid()),
+        **recipes.decode(columns, spec, where=where),
     )
 
 
@@ -167,6 +172,7 @@ def _to_batch(rows: LabelRows, fields: list[pa.Field], spec: StoreSpec) -> pa.Re
         *(pa.array(getattr(rows, name)) for name in ("flip", "source", "offset", "length", "image_hash")),
         # What a null hides is part of the bytes.
         pa.array(np.where(rows.has_pixel_hash, rows.pixel_hash, 0).astype(np.uint64), mask=~rows.has_pixel_hash),
+        *recipes.encode(rows, spec),
     ]
     return pa.record_batch(arrays, schema=pa.schema(fields))
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kddata.errors import StoreDamagedError
 from kddata.labels import SoftLabels
 from kddata.views import View
 
@@ -30,6 +31,8 @@ class LabelRows:
         box: of the view, int32 [B, 4]: top, left, height, width in pixels.
         flip: of the view, bool [B].
         resize: of the view, int32 [B, 2]: height and width in pixels; None where no view has one.
+        ops: of the view, B tuples; None where no view of the store's plan has any.
+        mix: of the view, B of Mix or None; None where no view of the store's plan is mixed.
         source: number of the image shard, int32 [B].
         offset, length: of the image in its shard, in bytes (parquet: row number, and bytes), int64 [B].
         image_hash: 64 bits of the hash of the encoded image, uint64 [B].
@@ -43,6 +46,8 @@ class LabelRows:
     box: np.ndarray
     flip: np.ndarray
     resize: np.ndarray | None = None
+    ops: np.ndarray | None = None
+    mix: np.ndarray | None = None
     source: np.ndarray
     offset: np.ndarray
     length: np.ndarray
@@ -55,7 +60,7 @@ class LabelRows:
             value = getattr(self, name)
             if value is None:
                 continue
-            array: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
+            array = objects(value) if dtype is object else np.ascontiguousarray(value, dtype=dtype)
             shape = (len(self.image_id), *_WIDTHS.get(name, ()))
             if array.shape != shape:
                 raise ValueError(f"LabelRows.{name} is {np.dtype(dtype)} {list(shape)}; got {list(array.shape)}")
@@ -70,7 +75,33 @@ class LabelRows:
         """The view of a row, as it was drawn."""
         top, left, height, width = (int(x) for x in self.box[row])
         resize = None if self.resize is None else (int(self.resize[row, 0]), int(self.resize[row, 1]))
-        return View(box=(top, left, height, width), flip=bool(self.flip[row]), resize=resize)
+        return View(
+            box=(top, left, height, width),
+            flip=bool(self.flip[row]),
+            resize=resize,
+            ops=() if self.ops is None else self.ops[row],
+            mix=None if self.mix is None else self.mix[row],
+        )
+
+    def partners(self) -> np.ndarray:
+        """int64 [B]: in rows of whole units, which row is the one that each is mixed with; -1 where it is not mixed.
+
+        Raises StoreDamagedError for a partner that is not among these rows.
+        """
+        found = np.full(len(self), -1, dtype=np.int64)
+        if self.mix is None:
+            return found
+        rows = {key: row for row, key in enumerate(zip(self.image_id, self.view.tolist(), strict=True))}
+        for row, mix in enumerate(self.mix):
+            if mix is not None:
+                found[row] = rows.get((mix.partner, mix.partner_view), -1)
+                if found[row] < 0:
+                    raise StoreDamagedError(
+                        "a view is mixed with another one of its unit",
+                        actual=f"view {mix.partner_view} of {mix.partner!r}, which the unit does not hold",
+                        where=f"view {self.view[row]} of {self.image_id[row]!r}",
+                    )
+        return found
 
     def take(self, index: slice | np.ndarray | Sequence[int]) -> LabelRows:
         """Some of the rows: a slice, or row numbers in any order."""
@@ -100,12 +131,22 @@ class LabelRows:
         )
 
 
+def objects(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """An array of objects, one an item: NumPy left to itself makes a matrix of equally long tuples."""
+    array = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        array[i] = value
+    return array
+
+
 _DTYPES: dict[str, type] = {
     "view": np.int32,
     "label": np.int64,
     "box": np.int32,
     "flip": np.bool_,
     "resize": np.int32,
+    "ops": object,
+    "mix": object,
     "source": np.int32,
     "offset": np.int64,
     "length": np.int64,
