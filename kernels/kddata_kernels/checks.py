@@ -114,19 +114,18 @@ def check_logits(logits_NC: Tensor) -> None:
 
 
 def check_classes(num_classes: int, ids_NK: Tensor, targets: tuple[Tensor | None, ...], ignore_index: int) -> None:
-    """Debug mode, waits for the device: raises ValueError for ids that repeat, and for ids or labels that are no class."""
+    """Debug mode, waits for the device: raises ValueError for ids that repeat, and ids or labels that are no class."""
     ids = ids_NK.long()
     ordered = ids.sort(dim=1).values
-    rules = {
-        f"ids are in [0, {num_classes})": ((ids < 0) | (ids >= num_classes)).any(1),
-        "ids are distinct in a row": (ordered[:, 1:] == ordered[:, :-1]).any(1),
-    }
+    rules = [
+        (f"ids are in [0, {num_classes})", ((ids < 0) | (ids >= num_classes)).any(1)),
+        ("ids are distinct in a row", (ordered[:, 1:] == ordered[:, :-1]).any(1)),
+    ]
     for y in targets:
         if y is not None:
-            rules[f"labels are in [0, {num_classes}) or {ignore_index}"] = (y != ignore_index) & (
-                (y < 0) | (y >= num_classes)
-            )
-    for rule, broken in rules.items():
+            outside = (y != ignore_index) & ((y < 0) | (y >= num_classes))
+            rules.append((f"labels are in [0, {num_classes}) or {ignore_index}", outside))
+    for rule, broken in rules:
         if bool(broken.any()):
             raise reject(
                 rule, f"otherwise in rows {broken.nonzero()[:8, 0].tolist()}", "look at how these rows were read"

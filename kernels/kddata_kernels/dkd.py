@@ -92,6 +92,9 @@ def dkd_kernel(  # type: ignore[no-untyped-def]
     log_p_n = ref_r + tl.log(s_r)
     p_y = tl.exp(log_p_y)
     p_n = tl.exp(log_p_n)
+    q_y = e_y / s
+    q_n = s_n * from_n / s
+    gap = tl.where((q_y > 0.5) & (p_y > 0.5), p_n - q_n, q_y - p_y)  # the difference of what is small
     r = tl.where(r == 0.0, 0.0, r / s_r[:, None])
     if loss_ptr is not None:
         target = tl.where(p_y == 0.0, 0.0, p_y * (log_p_y - log_q_y)) + tl.where(
@@ -104,10 +107,9 @@ def dkd_kernel(  # type: ignore[no-untyped-def]
         tl.store(loss_ptr + row, tl.where(inside, loss, tl.where(has, float("nan"), 0.0)), mask=live)
     if grad_ptr is not None:
         factor = weight * tl.load(grad_out_ptr + row * grad_out_stride, mask=live, other=0.0) / inv_t
-        q_n = s_n * from_n / s
         soft = e / s_n[:, None]
-        g = alpha * (q_n - p_n)[:, None] * soft + beta * (soft - r)
-        g = tl.where(hit, alpha * (p_n - q_n)[:, None], g)  # at the target q_y - p_y, without its cancellation
+        g = beta * (soft - r) - alpha * gap[:, None] * soft
+        g = tl.where(hit, alpha * gap[:, None], g)
         g = tl.where(has[:, None], factor[:, None] * g, 0.0)
         tl.store(grad_ptr + row[:, None] * grad_stride + wide_ids, g.to(grad_ptr.dtype.element_ty), mask=known)
 

@@ -21,6 +21,15 @@ _SUPPORT = tl.constexpr(SUPPORT)
 
 
 @triton.jit
+def one_minus_exp(x):  # type: ignore[no-untyped-def]
+    """1 - exp(x) for x <= 0 with all of its digits: a series where x is small (libdevice is not in the interpreter)."""
+    series = 1.0 + x / 8 * (1.0 + x / 9)
+    series = 1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7 * series))
+    series = 1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * series))
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def off_mass(m_d, s_d, u1, u2, inv_t):  # type: ignore[no-untyped-def]
     """(m_off, s_off, factor from the dense reference to m_off, exp of u1 and of u2 around m_off)."""
     m_off = tl.maximum(m_d, tl.maximum(u1, u2))
@@ -68,8 +77,9 @@ def kd_terms(  # type: ignore[no-untyped-def]
     if HAS_TAIL:
         log_tail = tl.minimum(log_tail, 0.0)  # rounding may lift it
         p_t = tl.exp(log_tail)
-        p = p * (1.0 - p_t)[:, None]
-        log_p = log_p + tl.log(1.0 - p_t)[:, None]
+        p_kept = one_minus_exp(log_tail)
+        p = p * p_kept[:, None]
+        log_p = log_p + tl.log(p_kept)[:, None]
 
     kl = tl.sum(tl.where(p == 0.0, 0.0, p * (log_p - log_q)), 1)
     coef = from_off / s
@@ -77,9 +87,16 @@ def kd_terms(  # type: ignore[no-untyped-def]
     if HAS_TAIL and TAIL == _BUCKET:
         log_q_t = (m_off - ref) * inv_t + tl.log(s_off) - log_s
         kl += tl.where(p_t == 0.0, 0.0, p_t * (log_tail - log_q_t))
-        coef = tl.where(s_off == 0.0, 0.0, (s_off * from_off / s - p_t) / s_off)
+        q_t = s_off * from_off / s
+        gap = tl.where((q_t > 0.5) & (p_t > 0.5), tl.sum(p - e_S / s[:, None], 1), q_t - p_t)  # of what is small
+        coef = tl.where(s_off == 0.0, 0.0, gap / s_off)
     if HAS_TAIL and TAIL == _UNIFORM:
         spread = p_t / n_off
         log_q_sum = sum_off * inv_t - n_off * log_s
         kl += tl.where(p_t == 0.0, 0.0, p_t * (log_tail - tl.log(n_off)) - spread * log_q_sum)
-    return kl, e_S / s[:, None] - p, coef * e_u1 - spread, coef * e_u2 - spread, coef, spread
+    # A class that both hold probable takes minus the sum of the rest: near 1, q - p keeps no digits when it is small.
+    q = e_S / s[:, None]
+    sure = (q > 0.5) & (p > 0.5)
+    rest = tl.sum(tl.where(sure, 0.0, q - p), 1) + coef * s_off - spread * n_off
+    g_S = tl.where(sure, -rest[:, None], q - p)
+    return kl, g_S, coef * e_u1 - spread, coef * e_u2 - spread, coef, spread
