@@ -1,9 +1,10 @@
 """Reader: the label rows of a store, in an order, joined with the bytes of their images by recorded place.
 
 It is random access by position in an epoch and has no state worth saving: a checkpoint holds the position alone, and
-means the same row for any number of workers. One window of label rows is held, and the images of one call. Every
-label file is checked against its SHA-256 when its window is loaded, and every image against the hash of the bytes
-that were labelled, before either is used.
+means the same row for any number of workers. One window of label rows is held (of mixed views, with the rest of the
+units that it cuts, since a partner may lie there), and the images of one call. Every label file is checked against its
+SHA-256 when its window is loaded, and every image against the hash of the bytes that were labelled, before either is
+used.
 
 Trade-off: hashing each image at each visit costs about 1 us per KiB, so that no changed image meets a wrong label.
 """
@@ -11,6 +12,7 @@ Trade-off: hashing each image at each visit costs about 1 us per KiB, so that no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,38 +48,79 @@ def open_images(store: LabelStore, images: str | Sequence[str] | None = None) ->
     return source
 
 
+class Read(NamedTuple):
+    """Rows with their images.
+
+    `partner_rows` are the rows that the mixed ones among `rows` are mixed with, in the order of these: None where the
+    store's plan does not mix. Images are encoded, one a row.
+    """
+
+    rows: LabelRows
+    images: list[bytes]
+    partner_rows: LabelRows | None
+    partner_images: list[bytes]
+
+
+class _Held(NamedTuple):
+    """A window: row i of its pieces laid end to end is `rows[place_W[i]]`; `partner` numbers rows too, -1 for none."""
+
+    epoch: int
+    window: Window
+    rows: LabelRows
+    place_W: np.ndarray
+    partner: np.ndarray | None
+
+
 class Reader:
     """Label rows and image bytes at positions of an epoch. Owns the window that was read last."""
 
     def __init__(self, store: LabelStore, source: ImageSource, order: Order) -> None:
         self._store, self._source, self._order = store, source, order
-        self._held: tuple[int, Window, LabelRows] | None = None
+        self._held: _Held | None = None
 
-    def read(self, epoch: int, start: int, stop: int) -> tuple[LabelRows, list[bytes]]:
-        """The rows at positions start to stop of an epoch, and the encoded image of each.
+    def read(self, epoch: int, start: int, stop: int) -> Read:
+        """The rows at positions start to stop of an epoch, with the encoded image of each, and of each one's partner.
 
         Raises StoreDamagedError naming a label file, or SourceError naming an image, whose bytes have changed.
         """
-        parts = []
+        parts, partners = [], []
         while start < stop:
-            window, rows = self._window(epoch, start)
-            end = min(stop, window.stop)
-            parts.append(rows.take(window.permutation_W[start - window.start : end - window.start]))
+            held = self._window(epoch, start)
+            end = min(stop, held.window.stop)
+            index = held.place_W[held.window.permutation_W[start - held.window.start : end - held.window.start]]
+            parts.append(held.rows.take(index))
+            if held.partner is not None:
+                partner = held.partner[index]
+                partners.append(held.rows.take(partner[partner >= 0]))
             start = end
-        rows = parts[0] if len(parts) == 1 else LabelRows.concat(parts)
-        return rows, self._images(rows)
+        rows = LabelRows.concat(parts)
+        if not partners:
+            return Read(rows, self._images(rows), None, [])
+        lent = LabelRows.concat(partners)
+        images = self._images(LabelRows.concat([rows, lent]))
+        return Read(rows, images[: len(rows)], lent, images[len(rows) :])
 
-    def _window(self, epoch: int, position: int) -> tuple[Window, LabelRows]:
-        if self._held is not None:
-            held_epoch, window, rows = self._held
-            if held_epoch == epoch and window.start <= position < window.stop:
-                return window, rows
-            self._held = None  # never two windows in memory
-        window = self._order.window_at(epoch, position)
-        pieces = [self._store.read(unit).take(slice(first, last)) for unit, first, last in window.pieces]
-        rows = LabelRows.concat(pieces)
-        self._held = (epoch, window, rows)
-        return window, rows
+    def _window(self, epoch: int, position: int) -> _Held:
+        held = self._held
+        if held is not None and held.epoch == epoch and held.window.start <= position < held.window.stop:
+            return held
+        self._held = held = None  # never two windows in memory
+        window, mixed = self._order.window_at(epoch, position), self._store.spec.plan.has_mix
+        kept, places, partners, size = [], [], [], 0
+        for unit, first, last in window.pieces:
+            rows = self._store.read(unit)
+            if mixed:
+                partner = rows.partners()
+                partners.append(np.where(partner < 0, -1, partner + size))
+            else:
+                rows, first, last = rows.take(slice(first, last)), 0, last - first
+            kept.append(rows)
+            places.append(np.arange(size + first, size + last))
+            size += len(rows)
+        self._held = _Held(
+            epoch, window, LabelRows.concat(kept), np.concatenate(places), np.concatenate(partners) if mixed else None
+        )
+        return self._held
 
     def _images(self, rows: LabelRows) -> list[bytes]:
         """The image of each row, read shard by shard in the order of the bytes."""

@@ -11,7 +11,8 @@ Shapes: B rows of this rank's share of a step, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from kddata.errors import StoreMismatchError
 from kddata.images import ImageSource, decode
 from kddata.labels import SoftLabels
 from kddata.reader import Reader, open_images, order_of
-from kddata.store import LabelStore
+from kddata.store import LabelRows, LabelStore
 from kddata.views import Interpolation, View, ViewPlan, render
 
 _NO_LIMIT = 1 << 62  # pixels: stored rows come from images that kept the limit when they were labelled
@@ -36,6 +37,8 @@ class Batch:
         pixels_u8_B3SS: the rendered views.
         labels: what the teacher said about each.
         targets_B: ground truth, int64, -1 for none.
+        targets2_B, lam_B: of a store whose views are mixed, the ground truth of each one's partner, and the view's own
+            share, float32; an unmixed view has itself as partner, and share 1. Else None.
         image_ids, view_indices: which view of which image each row is.
         step_rows: rows of the step over all ranks; a mean over ranks weighs this share by B / step_rows * world size.
         teacher_pixels_u8: the same views at a second size, for a teacher in the loop, or None.
@@ -48,20 +51,22 @@ class Batch:
     view_indices: list[int]
     step_rows: int
     teacher_pixels_u8: Tensor | None = None
+    targets2_B: Tensor | None = None
+    lam_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for DataLoader(pin_memory=True)."""
-        teacher = self.teacher_pixels_u8
-        return replace(
-            self,
-            pixels_u8_B3SS=self.pixels_u8_B3SS.pin_memory(),
-            labels=self.labels.pin_memory(),
-            targets_B=self.targets_B.pin_memory(),
-            teacher_pixels_u8=None if teacher is None else teacher.pin_memory(),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = {key: x.pin_memory() for key, x in values.items() if isinstance(x, (Tensor, SoftLabels))}
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+
+class _Form(TypedDict):
+    size_px: int
+    interpolation: Interpolation
 
 
 class Replay(Dataset[Batch]):
@@ -91,7 +96,37 @@ class Replay(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         epoch, step = divmod(step, self.steps_per_epoch)
         start, stop = order.step_range(step, self._num_rows, self._batch_size)
-        rows, images = self._reader.read(epoch, *order.rank_range(start, stop, self._rank, self._world_size))
+        read = self._reader.read(epoch, *order.rank_range(start, stop, self._rank, self._world_size))
+        rows, lent = read.rows, read.partner_rows
+        self._check_classes(rows)
+        if lent is not None:
+            self._check_classes(lent)
+        pixels = [torch.empty(len(rows), 3, size_px, size_px, dtype=torch.uint8) for size_px in self._sizes_px]
+        targets, num_lent = torch.from_numpy(rows.label), 0
+        targets2, lam_B = targets.clone(), torch.ones(len(rows))
+        for i, data in enumerate(read.images):
+            image, view, partner = decode(data, max_pixels=_NO_LIMIT), rows.view_at(i), None
+            if view.mix is not None:
+                assert lent is not None
+                partner = decode(read.partner_images[num_lent], max_pixels=_NO_LIMIT), lent.view_at(num_lent).unmixed
+                targets2[i], lam_B[i] = int(lent.label[num_lent]), view.mix.lam
+                num_lent += 1
+            for rendered, size_px in zip(pixels, self._sizes_px, strict=True):
+                form: _Form = {"size_px": size_px, "interpolation": self._interpolation}
+                rendered[i] = render(image, view, **form, partner=None if partner is None else render(*partner, **form))
+        return Batch(
+            pixels_u8_B3SS=pixels[0],
+            labels=rows.labels,
+            targets_B=targets,
+            targets2_B=None if lent is None else targets2,
+            lam_B=None if lent is None else lam_B,
+            image_ids=rows.image_id,
+            view_indices=rows.view.tolist(),
+            step_rows=stop - start,
+            teacher_pixels_u8=pixels[1] if len(pixels) > 1 else None,
+        )
+
+    def _check_classes(self, rows: LabelRows) -> None:
         if len(rows) and int(rows.label.max()) >= self._num_classes:
             worst = int(rows.label.argmax())
             raise StoreMismatchError(
@@ -99,20 +134,6 @@ class Replay(Dataset[Batch]):
                 actual=f"class {rows.label[worst]} of image {rows.image_id[worst]!r}",
                 fix="label again from a source whose classes are the teacher's",
             )
-        pixels = [torch.empty(len(rows), 3, size_px, size_px, dtype=torch.uint8) for size_px in self._sizes_px]
-        for i, data in enumerate(images):
-            image, view = decode(data, max_pixels=_NO_LIMIT), rows.view_at(i)
-            for rendered, size_px in zip(pixels, self._sizes_px, strict=True):
-                rendered[i] = render(image, view, size_px=size_px, interpolation=self._interpolation)
-        return Batch(
-            pixels_u8_B3SS=pixels[0],
-            labels=rows.labels,
-            targets_B=torch.from_numpy(rows.label),
-            image_ids=rows.image_id,
-            view_indices=rows.view.tolist(),
-            step_rows=stop - start,
-            teacher_pixels_u8=pixels[1] if len(pixels) > 1 else None,
-        )
 
 
 def loader(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -74,6 +74,11 @@ class View:
     resize: tuple[int, int] | None = None
     ops: tuple[Op, ...] = ()
     mix: Mix | None = None
+
+    @property
+    def unmixed(self) -> View:
+        """The same view as others are mixed with it."""
+        return replace(self, mix=None)
 
 
 @dataclass(frozen=True, kw_only=True)

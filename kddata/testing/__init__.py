@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from kddata import rng
-from kddata.cards import StoreSpec, TeacherCard
+from kddata.cards import Codec, StoreSpec, TeacherCard
 from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Unit
+from kddata.store.rows import objects
 from kddata.teacher import Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
@@ -189,7 +190,9 @@ def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = 
     rows = [(*image, view, rng.stream(0, "row", image[0], view)) for image in index for view in views]
     num_classes = store.spec.teacher.num_classes
     logits_BC = [[8 * u for u in random.random(num_classes)] for *_, random in rows]
-    drawn = [store.spec.plan.draw(image_id, view, 40, 60) for image_id, _, _, _, view, _ in rows]
+    plan, ids = store.spec.plan, store.read_index(unit)[0]
+    drawn = [plan.draw(image_id, view, 40, 60) for image_id, _, _, _, view, _ in rows]
+    mixes = [plan.draw_mix(ids, image_id, view) for image_id, _, _, _, view, _ in rows]
     hashes = [int.from_bytes(rng.key_bytes(0, "hash", row[0])[:8], "little") for row in rows]
     return LabelRows(
         image_id=[row[0] for row in rows],
@@ -202,6 +205,10 @@ def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = 
         ),
         box=np.array([view.box for view in drawn]).reshape(-1, 4),
         flip=np.array([view.flip for view in drawn]),
+        ops=objects([view.ops for view in drawn]) if plan.has_ops else None,
+        mix=objects([None if mix is None or mix.partner in leave_out else mix for mix in mixes])
+        if plan.has_mix
+        else None,
         source=np.full(len(rows), unit.shard),
         offset=np.array([row[2] for row in rows]),
         length=np.array([row[3] for row in rows]),
@@ -233,6 +240,8 @@ def make_store(
     k: int = 3,
     temperatures: tuple[float, ...] = (1.0,),
     unit_images: int = 4,
+    codec: Codec = "exact",
+    plan: ViewPlan | None = None,
 ) -> LabelStore:
     """A committed store of `make_images`, truly labelled by `fake_teacher`; both lie below the directory.
 
@@ -246,11 +255,12 @@ def make_store(
         images=images,
         store=str(root / "labels"),
         teacher=fake_teacher_args(num_classes=num_classes, size_px=size_px),
-        plan=ViewPlan(area=(0.3, 1.0)),
+        plan=plan or ViewPlan(area=(0.3, 1.0)),
         views_per_image=views_per_image,
         k=k,
         temperatures=temperatures,
         unit_images=unit_images,
+        codec=codec,
     )
     return label_store(job).store
 

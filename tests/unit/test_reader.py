@@ -34,7 +34,7 @@ def bytes_by_id(location: str | tuple[str, ...]) -> dict[str, bytes]:
 def test_each_row_comes_with_the_bytes_of_its_image_in_the_order(tmp_path, form):
     store = make_store(tmp_path, form=form, num_images=10, views_per_image=3, unit_images=3)
     order = Order(rows_per_unit=store.rows_per_unit, seed=5, window_rows=1000)
-    rows, images = Reader(store, open_images(store), order).read(2, 0, store.num_rows)
+    rows, images, *_ = Reader(store, open_images(store), order).read(2, 0, store.num_rows)
     kept = bytes_by_id(store.location)
     assert [kept[image_id] for image_id in rows.image_id] == images
     assert [image_hash(data) for data in images] == rows.image_hash.tolist()
@@ -46,10 +46,10 @@ def test_each_row_comes_with_the_bytes_of_its_image_in_the_order(tmp_path, form)
 
 def test_reading_over_window_borders_is_the_same_as_row_by_row(tmp_path):
     store = make_store(tmp_path, num_images=9, views_per_image=3, unit_images=2)
-    whole, _ = reader_of(store, window_rows=4).read(0, 0, 27)
+    whole, *_ = reader_of(store, window_rows=4).read(0, 0, 27)
     one_by_one = reader_of(store, window_rows=4)
     for position in reversed(range(27)):
-        row, _ = one_by_one.read(0, position, position + 1)
+        row, *_ = one_by_one.read(0, position, position + 1)
         assert row.image_id == whole.image_id[position : position + 1]
         assert np.array_equal(row.box, whole.box[position : position + 1])
 
