@@ -53,7 +53,7 @@ def round_trip(rows: LabelRows, spec: StoreSpec, num_views: int, view_start: int
     stop = view_start + num_views
     unit = Unit(number=7, shard=3, piece=0, start=0, stop=1, view_start=view_start, view_stop=stop)
     data = io.BytesIO()
-    arrow.write_labels(HashingWriter(data), spec, unit, arrow.rebatch([rows], arrow.batch_rows(spec, num_views)))
+    arrow.write_labels(HashingWriter(data.write), spec, unit, arrow.rebatch([rows], arrow.batch_rows(spec, num_views)))
     return arrow.read_labels(data.getvalue(), spec, 7, where="shard"), data.getvalue()
 
 

@@ -125,7 +125,7 @@ def _shard(rows, spec, cuts, batch_rows):
     data = io.BytesIO()
     ends = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
     parts = [rows.take(slice(start, stop)) for start, stop in pairwise(ends)]
-    arrow.write_labels(HashingWriter(data), spec, UNIT, arrow.rebatch(parts, batch_rows))
+    arrow.write_labels(HashingWriter(data.write), spec, UNIT, arrow.rebatch(parts, batch_rows))
     return data.getvalue()
 
 

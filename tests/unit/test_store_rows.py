@@ -85,7 +85,7 @@ def test_resized_views_come_back_from_a_shard(store):
     rows = made_up_rows(store, store.units()[0])
     resized = _replaced(rows, resize=np.arange(16).reshape(8, 2))
     data = io.BytesIO()
-    arrow.write_labels(HashingWriter(data), store.spec, store.units()[0], [resized])
+    arrow.write_labels(HashingWriter(data.write), store.spec, store.units()[0], [resized])
     found = arrow.read_labels(data.getvalue(), store.spec, 0, where="shard")
     np.testing.assert_array_equal(found.resize, resized.resize)
 
@@ -99,7 +99,7 @@ def test_what_a_null_hides_is_no_part_of_a_shards_bytes(store):
             "label": np.where(rows.label < 0, -1 - hidden, rows.label),
             "pixel_hash": np.where(rows.has_pixel_hash, rows.pixel_hash, hidden),
         }
-        arrow.write_labels(HashingWriter(data), store.spec, store.units()[0], [_replaced(rows, **change)])
+        arrow.write_labels(HashingWriter(data.write), store.spec, store.units()[0], [_replaced(rows, **change)])
         files.append(data.getvalue())
     assert files[0] == files[1]
 
@@ -136,7 +136,7 @@ def test_class_ids_beyond_the_teachers_are_refused(store):
     """A shard whose hash is right can still be hostile: a class id indexes a tensor in every loss."""
     rows = made_up_rows(store, store.units()[0])
     data = io.BytesIO()
-    arrow.write_labels(HashingWriter(data), store.spec, store.units()[0], [rows])
+    arrow.write_labels(HashingWriter(data.write), store.spec, store.units()[0], [rows])
     fewer = dataclasses.replace(store.spec, teacher=dataclasses.replace(store.spec.teacher, num_classes=4))
     with pytest.raises(errors.StoreDamagedError, match="belongs to its store"):
         arrow.read_labels(data.getvalue(), fewer, 0, where="shard")
