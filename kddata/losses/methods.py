@@ -38,20 +38,22 @@ class Needs:
         all_classes: whether k must be C.
         targets: whether ground truth is needed.
         sampled: whether classes must have been drawn at random instead of taken from the top.
+        one_target: whether the loss itself tells one class of each view from the others, so that views are not mixed.
     """
 
     temperatures: tuple[float, ...] = ()
     all_classes: bool = False
     targets: bool = False
     sampled: bool = False
+    one_target: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A loss with its arguments. Call it as `method(student_logits_BC, labels, targets_B, **more)`; see `make`.
 
-    `more` may hold reduction, ignore_index and weights_B, as in `kd_loss`. Labels may be None where
-    `needs.temperatures` is empty.
+    `more` may hold reduction, ignore_index, weights_B, and targets2_B and lam for mixed views, as in `kd_loss`. Labels
+    may be None where `needs.temperatures` is empty.
     """
 
     name: str
@@ -67,7 +69,12 @@ class Method:
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         weights_B: Tensor | None = None,
+        targets2_B: Tensor | None = None,
+        lam: float | Tensor = 1.0,
     ) -> Tensor:
+        if targets2_B is not None and self.needs.one_target:
+            raise ConfigError(f"method {self.name} has one target for each view", actual="a pair", fix=_NOT_MIXED)
+        pair = {} if targets2_B is None else {"targets2_B": targets2_B, "lam": lam}
         return self.loss(
             student_logits_BC,
             labels,
@@ -75,6 +82,7 @@ class Method:
             reduction=reduction,
             ignore_index=ignore_index,
             weights_B=weights_B,
+            **pair,
         )
 
     def check(
@@ -85,12 +93,15 @@ class Method:
         temperatures: tuple[float, ...],
         has_targets: bool,
         sampled: bool = False,
+        mixed: bool = False,
         where: str = "the label store",
     ) -> None:
         """Raises ConfigError naming the piece that a store of such labels does not hold; call it before training."""
         needs, missing = self.needs, None
         if needs.targets and not has_targets:
             missing = "ground-truth labels of the images", "its images have none", _HARD_ALONE
+        elif needs.one_target and mixed:
+            missing = "one class for each view", "views mixed of two images", _NOT_MIXED
         elif not needs.temperatures:
             return
         elif needs.sampled and not sampled:
@@ -109,6 +120,7 @@ class Method:
 
 
 _HARD_ALONE = "learn from soft labels alone (such as method.name=kd method.alpha=1), or add labels to the images"
+_NOT_MIXED = "use method kd, hard, lskd, dist or ttm, or label with views.mix=none"
 _OF_A_BATCH = {"reduction", "ignore_index", "weights_B", "targets2_B", "lam", "on_stats", "debug"}
 _WEIGHTS = {"weight": 1.0, "hard_weight": 1.0}
 
@@ -182,6 +194,8 @@ def _hard(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     weights_B: Tensor | None = None,
+    targets2_B: Tensor | None = None,
+    lam: float | Tensor = 1.0,
 ) -> Tensor:
     if targets_B is None:
         raise ConfigError("cross-entropy needs targets_B", actual="None", fix=_HARD_ALONE)
@@ -192,6 +206,8 @@ def _hard(
         reduction=reduction,
         ignore_index=ignore_index,
         weights_B=weights_B,
+        targets2_B=targets2_B,
+        lam=lam,
     )
 
 
@@ -203,17 +219,22 @@ def _weighted(
     loss: Callable[..., Tensor],
     weight: float,
     hard_weight: float,
+    targets2_B: Tensor | None = None,
+    lam: float | Tensor = 1.0,
     **more: Any,
 ) -> Tensor:
     total = weight * loss(student_logits_BC, labels, targets_B, **more)
-    return total + hard_weight * _hard(student_logits_BC, labels, targets_B, **more) if hard_weight else total
+    if not hard_weight:
+        return total
+    hard = _hard(student_logits_BC, labels, targets_B, targets2_B=targets2_B, lam=lam, **more)
+    return total + hard_weight * hard
 
 
 def _dense(args: dict[str, Any], *, targets: bool = False, at_1: bool = False) -> Needs:
     """Of a loss over all classes: at T, and where `at_1` also at temperature 1."""
     temperatures = (1.0, args["temperature"]) if at_1 else (args["temperature"],)
     all_classes = args.get("tail") is None or args.get("standardized", False)
-    return Needs(temperatures=temperatures, all_classes=all_classes, targets=targets)
+    return Needs(temperatures=temperatures, all_classes=all_classes, targets=targets, one_target=targets)
 
 
 def _kd_needs(args: dict[str, Any]) -> Needs:

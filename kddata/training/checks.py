@@ -36,6 +36,7 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
         num_classes=spec.teacher.num_classes,
         temperatures=spec.temperatures,
         has_targets=store.info()["labelled"] > 0,
+        mixed=spec.plan.has_mix,
         where=store.url,
     )
     steps = order.num_steps(store.num_rows, job.data.batch_size)

@@ -75,7 +75,10 @@ def training_steps(
         logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
         labels = (batch.labels if teach is None else teach(batch)).to(logits_BC.device, non_blocking=True)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
-        loss_B = method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1)
+        pair: dict[str, Tensor] = {}
+        if batch.targets2_B is not None and batch.lam_B is not None:
+            pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
+        loss_B = method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair)
         loss = loss_B.sum() / batch.step_rows
         optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows

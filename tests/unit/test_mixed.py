@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from kddata import errors
+from kddata import errors, losses
 from kddata.images import decode, open_source
 from kddata.labelling import LabellingJob, label_store
 from kddata.order import Order
@@ -16,6 +18,7 @@ from kddata.reader import Reader, open_images
 from kddata.replay import loader
 from kddata.store import LabelStore
 from kddata.store.rows import objects
+from kddata.teacher import build_network
 from kddata.testing import (
     begin_small_store,
     fake_teacher,
@@ -25,6 +28,7 @@ from kddata.testing import (
     make_store,
     small_spec,
 )
+from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob, train
 from kddata.views import Mix, ViewPlan, pixel_hash, render
 
 PLANS = {
@@ -200,3 +204,62 @@ def test_an_op_of_a_newer_library_and_a_broken_mix_are_named(monkeypatch):
 def test_a_unit_of_one_image_is_unmixed(tmp_path):
     store = make_store(tmp_path, num_images=4, unit_images=1, plan=ViewPlan(mix="mixup"))
     assert all(mix is None for unit in store.units() for mix in store.read(unit.number).mix)
+
+
+def flat_net(num_classes: int) -> torch.nn.Module:
+    """Without BatchNorm and dropout, so that a loss can be recomputed from its weights alone."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, num_classes))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "kd", "temperature": 1.0, "alpha": 0.25, "label_smoothing": 0.1},
+        {"name": "hard"},
+        {"name": "dist", "tail": "renorm"},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_the_hard_term_of_training_is_that_of_the_pair(tmp_path, monkeypatch, method):
+    store = make_store(tmp_path, num_images=8, views_per_image=2, plan=PLANS["cutmix"])
+    monkeypatch.setitem(sys.modules, "flat", types.SimpleNamespace(net=flat_net))
+    job = TrainingJob(
+        store=store.url,
+        run=str(tmp_path / "run"),
+        student=StudentArgs(arch="python:flat:net", num_classes=10),
+        method=method,
+        data=DataArgs(batch_size=16, size_px=16),
+        optimizer=OptimizerArgs(lr=0.1, epochs=1),
+    )
+    (found,) = train(job).loss_S
+    (batch,) = loader(store, batch_size=16, size_px=16)
+    logits = build_network("python:flat:net", num_classes=10, seed=0)(batch.pixels_u8_B3SS / 255).detach()
+    each = [
+        losses.hard_loss(logits, targets, label_smoothing=method.get("label_smoothing", 0.0), reduction="none")
+        for targets in (batch.targets_B, batch.targets2_B)
+    ]
+    hard = float((batch.lam_B * each[0] + (1 - batch.lam_B) * each[1]).mean())
+    if method["name"] == "hard":
+        wanted = hard
+    elif method["name"] == "kd":
+        wanted = 0.25 * float(losses.kd_loss(logits, batch.labels, temperature=1.0)) + 0.75 * hard
+    else:
+        wanted = float(losses.make("dist", tail="renorm", hard_weight=0)(logits, batch.labels)) + hard
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert int((batch.targets_B != batch.targets2_B).sum()) > 0
+
+
+def test_methods_that_need_one_class_a_view_refuse_mixed_views(store):
+    has_mix = store.spec.plan.has_mix
+    for name in ("dkd", "nkd", "wsld", "ofa"):
+        method = losses.make(name, tail="renorm", temperature=1.0)
+        asked = {"k": 3, "num_classes": 10, "temperatures": (1.0,), "has_targets": True, "mixed": has_mix}
+        if not has_mix:
+            method.check(**asked)
+            continue
+        match = rf"method {name} needs one class for each view; got views mixed of two images .*Next: use method kd"
+        with pytest.raises(errors.ConfigError, match=match):
+            method.check(**asked)
+        targets = torch.zeros(2, dtype=torch.long)
+        with pytest.raises(errors.ConfigError, match="has one target for each view; got a pair"):
+            method(torch.zeros(2, 10), None, targets, targets2_B=targets, lam=0.5)
