@@ -26,7 +26,7 @@ from kddata.config import LabelFile, label_job, load
 from kddata.labelling import label_store
 from kddata.testing import make_images
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 JOBS = Path(__file__).parents[2] / "jobs"
 BIN = Path(sys.executable).parent
 

@@ -16,7 +16,7 @@ from kddata.teacher import TeacherArgs
 from kddata.testing import make_images, write_tar
 from kddata.views import ViewPlan
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
 
 
 def job(root: Path, store: str, *, network: str = "Slow", **values: object) -> LabellingJob:

@@ -22,7 +22,7 @@ from kddata.testing import fake_teacher_args, make_images
 from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, StudentArgs, TrainingJob
 from kddata.views import ViewPlan
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
