@@ -120,7 +120,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError as error:
         start = data[:12].decode("ascii", "backslashreplace")
-        raise _bad(f"{len(data)} bytes that start with {start!r}, no whole header of a known format") from error
+        raise _bad(f"{len(data)} bytes that start with {start!r}, no known image format") from error
     except _PIL_ERRORS as error:
         raise _bad(f"{len(data)} bytes: {error}") from error
 

@@ -56,7 +56,8 @@ def expand(location: str) -> list[str]:
             choices = alternatives.split(",")
             count *= len(choices)
         else:
-            width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+            padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+            width = max(len(first), len(last)) if padded else 0
             count *= max(0, int(last) - int(first) + 1)
             choices = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
         if not 1 <= count <= _MAX_FILES:

@@ -121,6 +121,15 @@ def test_missing_images_are_named(base: str, tmp_path: Path, kind: str) -> None:
         open_source(f"{base}/never")
 
 
+def test_files_that_another_process_adds_are_seen(base: str, tmp_path: Path) -> None:
+    images_at(base, tmp_path, "tar")
+    assert open_source(base).shard_names() == ["00000.tar", "00001.tar"]
+    system, root = fsspec.core.url_to_fs(base)
+    other = type(system)(skip_instance_cache=True)  # it shares no listing with the one that was asked
+    other.pipe_file(f"{root}/00002.tar", other.cat_file(f"{root}/00000.tar"))
+    assert open_source(base).shard_names() == ["00000.tar", "00001.tar", "00002.tar"]
+
+
 def test_a_file_that_shrank_is_noticed(base: str, tmp_path: Path, kind: str) -> None:
     source = images_at(base, tmp_path, kind)
     name = source.shard_names()[0]

@@ -123,7 +123,7 @@ def test_no_warning_comes_from_decoding() -> None:
         (b"", "zero bytes"),
         (
             b"this is a text, not a picture",
-            "29 bytes that start with 'this is a te', no whole header of a known format",
+            "29 bytes that start with 'this is a te', no known image format",
         ),
         (b"\xff\xd8\xff", "cut inside the header"),
         (encode(PIXELS, "jpg")[:100], "cut inside the header"),

@@ -19,6 +19,7 @@ JPEG = encode(small_image(0, height_px=24, width_px=30))
     [
         ("a/{08..11}.tar", ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]),
         ("{9..10}.tar", ["9.tar", "10.tar"]),
+        ("{0..10}.tar", [f"{i}.tar" for i in range(11)]),
         ("{0..1}/{a,b}.tar", ["0/a.tar", "0/b.tar", "1/a.tar", "1/b.tar"]),
         ("s3://b/x.tar", ["s3://b/x.tar"]),
         ("{00000..00000}.tar", ["00000.tar"]),
@@ -43,6 +44,8 @@ def test_brace_ranges_are_bounded(location: str) -> None:
         "pipe:curl http://host/x.tar",
         "simplecache::s3://bucket/x.tar",
         "tar://a.jpg::file:///x.tar",
+        "memory://a::s3://bucket/x.tar",
+        "x.tar::memory://a",
         "zip://x.zip",
         "ssh://host/x.tar",
         "reference://x",
