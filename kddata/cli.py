@@ -177,7 +177,9 @@ def summary(info: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _random_crop(plan: dict[str, Any]) -> str:
     area, aspect = ("-".join(f"{x:.3g}" for x in plan[name]) for name in ("area", "aspect"))
-    return f"random crops of area {area} and aspect {aspect}, flipped {plan['flip_p']:g}"
+    more = [plan["policy"]] * (plan["policy"] != "none") + [f"erased {plan['erase_p']:g}"] * (plan["erase_p"] > 0)
+    more += [plan["mix"]] * (plan["mix"] != "none")
+    return ", ".join([f"random crops of area {area} and aspect {aspect}, flipped {plan['flip_p']:g}", *more])
 
 
 @command

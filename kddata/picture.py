@@ -7,8 +7,9 @@ matplotlib, which takes a second to load but lays out text on any machine.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -17,10 +18,17 @@ from kddata.errors import ConfigError, SourceError
 from kddata.images import ImageRef, decode, image_hash
 from kddata.reader import open_images
 from kddata.store import LabelRows, LabelStore
-from kddata.views import render
+from kddata.views import Interpolation, Mix, View, render
 
 _TOP = 3
 _TILE_INCHES = 2.6
+_LINE_INCHES = 0.2
+_LINE_CHARACTERS = 34
+
+
+class _Form(TypedDict):
+    size_px: int
+    interpolation: Interpolation
 
 
 def stored_views(store: LabelStore, image_id: str, *, most: int) -> LabelRows:
@@ -64,7 +72,9 @@ def draw_views(
     image, spec = _image(store, rows, images), store.spec
     columns = math.ceil(math.sqrt(len(rows) + 1))
     lines = -(-(len(rows) + 1) // columns)
-    figure = Figure(figsize=(columns * _TILE_INCHES, lines * _TILE_INCHES * 1.3), layout="constrained")
+    recipes = [_recipe(rows.view_at(i)) for i in range(len(rows))]
+    tile_inches = _TILE_INCHES * 1.3 + _LINE_INCHES * max(map(len, recipes))
+    figure = Figure(figsize=(columns * _TILE_INCHES, lines * tile_inches), layout="constrained")
     tiles = figure.subplots(lines, columns, squeeze=False).ravel()
     for tile in tiles:
         tile.axis("off")
@@ -79,14 +89,32 @@ def draw_views(
             down, across = image.shape[1] / view.resize[0], image.shape[2] / view.resize[1]
         place = (left * across, top * down), width * across, height * down
         tiles[0].add_patch(Rectangle(*place, fill=False, edgecolor=colour, linewidth=2))
-        _show(tile, render(image, view, size_px=spec.teacher.size_px, interpolation=spec.plan.interpolation))
+        form: _Form = {"size_px": spec.teacher.size_px, "interpolation": spec.plan.interpolation}
+        partner = None if view.mix is None else _partner(store, view.mix, images, form)
+        _show(tile, render(image, view, **form, partner=partner))
         tile.add_patch(Rectangle((0, 0), 1, 1, transform=tile.transAxes, fill=False, edgecolor=colour, linewidth=4))
         labels = rows.labels.rows(slice(i, i + 1))
         said = zip(labels.ids_BK[0].tolist(), labels.log_p_BK[0].float().exp().tolist(), strict=True)
         text = [f"{p:6.1%}  {_name(c, class_names)}{' *' * (c == truth)}" for c, p in list(said)[:_TOP]]
-        title = f"view {rows.view[i]}{', flipped' * view.flip}"
-        tile.set_title("\n".join([title, *text]), fontsize=8, loc="left", family="monospace")
+        title = [f"view {rows.view[i]}{', flipped' * view.flip}", *recipes[i]]
+        tile.set_title("\n".join([*title, *text]), fontsize=8, loc="left", family="monospace")
     FigureCanvasAgg(figure).print_png(file)
+
+
+def _recipe(view: View) -> list[str]:
+    """The ops and the mix of a view, in lines that fit over a tile."""
+    names = ", ".join(name.partition("/")[0] for name, _ in view.ops)
+    lines = textwrap.wrap(names, _LINE_CHARACTERS)
+    if view.mix is not None:
+        lines += textwrap.wrap(f"{view.mix.kind} {1 - view.mix.lam:.0%} of {view.mix.partner}", _LINE_CHARACTERS)
+    return lines
+
+
+def _partner(store: LabelStore, mix: Mix, images: str | Sequence[str] | None, form: _Form) -> Tensor:
+    """The pixels that a view is mixed with."""
+    rows = stored_views(store, mix.partner, most=store.views_per_image)
+    ((row,),) = np.nonzero(rows.view == mix.partner_view)
+    return render(_image(store, rows, images), rows.view_at(int(row)).unmixed, **form)
 
 
 def _image(store: LabelStore, rows: LabelRows, images: str | Sequence[str] | None) -> Tensor:

@@ -36,25 +36,34 @@ class Teacher(Section):
 class Views(Section):
     """`views:` what is cut from each image. policy center: the evaluation view at the teacher's input size.
 
+    policy color and randaugment: crops as of none, with colours jittered, or two ops of RandAugment.
+    erase_p: probability that a rectangle of a view is erased.
+    mix: mixup or cutmix every view with one of another image of its unit; the teacher sees the mixed image.
     first: index of the first view, for stores that are labelled apart and merged.
     """
 
     per_image: Count = 1
     first: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
-    policy: Literal["none", "center"] = "none"
+    policy: Literal["none", "center", "color", "randaugment"] = "none"
     area: Range = (0.08, 1.0)
     aspect: Range = (3 / 4, 4 / 3)
     flip_p: Share = 0.5
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    erase_p: Share = 0.0
+    mix: Literal["none", "mixup", "cutmix"] = "none"
 
 
 class Labels(Section):
-    """`labels:` what is kept of each answer."""
+    """`labels:` what is kept of each answer, and how.
+
+    format: arrow; tar, for the webdataset library; or tar+images, with the images' bytes beside their labels.
+    """
 
     k: Count
     temperatures: tuple[Positive, ...] = (1.0,)
     codec: Literal["exact", "compact"] = "exact"
+    format: Literal["arrow", "tar", "tar+images"] = "arrow"
 
 
 class Units(Section):
@@ -122,12 +131,15 @@ def label_job(file: LabelFile) -> LabellingJob:
             flip_p=views.flip_p,
             interpolation=views.interpolation,
             center_px=teacher.size_px if views.policy == "center" else None,
+            erase_p=views.erase_p,
+            mix=views.mix,
         ),
         views_per_image=views.per_image,
         first_view=views.first,
         k=file.labels.k,
         temperatures=file.labels.temperatures,
         codec=file.labels.codec,
+        format=file.labels.format,
         unit_images=file.units.images,
         unit_views=file.units.views,
         bad_images=file.limits.bad_images,

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import kddata
+from kddata import picture
 from kddata.cli import app
 from kddata.labelling import LabellingJob, label_store
-from kddata.testing import encode, fake_teacher_args, make_images, small_image, write_tar
-from kddata.views import ViewPlan
+from kddata.testing import encode, fake_teacher_args, make_images, make_store, small_image, write_tar
+from kddata.views import ViewPlan, pixel_hash
 
 COMMANDS = ("pack", "label", "train", "inspect", "verify", "show")
 
@@ -110,6 +112,24 @@ def test_show_draws_a_picture_of_the_views(store: Path, tmp_path: Path) -> None:
     call("show", store, "image-00003", "--out", tmp_path / "b.png", "--most", 1)
     with Image.open(tmp_path / "a.png") as all_views, Image.open(tmp_path / "b.png") as one_view:
         assert one_view.size[1] < all_views.size[1]
+
+
+def test_show_and_inspect_tell_of_ops_and_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ViewPlan(policy="color", erase_p=1.0, mix="mixup")
+    store = make_store(tmp_path, num_images=8, views_per_image=3, plan=plan)
+    line = r"flipped 0\.5, color, erased 1, mixup, bilinear, seed 0"
+    assert re.search(line, call("inspect", store.url).stdout)
+    shown: list[Tensor] = []
+    monkeypatch.setattr(picture, "_show", lambda tile, pixels: shown.append(pixels))
+    assert call("show", store.url, "image-00000", "--out", tmp_path / "a.png").exit_code == 0
+    rows = picture.stored_views(store, "image-00000", most=3)
+    recipe = picture._recipe(rows.view_at(0))
+    assert "brightness" in " ".join(recipe)
+    assert "erase" in " ".join(recipe)
+    assert re.search(r"^mixup \d+% of image-0000[1-3]$", recipe[-1])
+    assert rows.has_pixel_hash[0], "the first view of a unit is always hashed"
+    assert pixel_hash(shown[1]) == rows.pixel_hash[0]
+    assert len(shown) == 4
 
 
 def test_show_names_what_is_not_there(store: Path, tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def test_a_number_with_an_exponent_is_a_number(write) -> None:
         (["teacher.mean=[0, 0]"], "teacher.mean.2: missing"),
         (["teacher=resnet"], "teacher: input should be"),
         (["labels=null"], "labels: input should be"),
+        (
+            ["views.policy=colour"],
+            "views.policy: input should be 'none', 'center', 'color' or 'randaugment'; got 'colour'",
+        ),
+        (["views.mix=true"], "views.mix: input should be 'none', 'mixup' or 'cutmix'; got True"),
+        (["views.mixup=1"], "views.mixup: no such key; the nearest is views.mix"),
         (["labels.k=[1"], "a job file and its overrides are YAML"),
         (["labels.k"], "an override is key=value"),
         (["store.x=1"], "an override goes into a mapping; got store: 'out'"),
@@ -166,6 +172,13 @@ def test_a_label_job_has_every_value_and_absolute_paths(write, tmp_path: Path, m
     assert job.teacher.class_names[9] == "class 9"
     assert (job.plan.seed, job.plan.flip_p, job.plan.center_px, job.views_per_image) == (7, 0.0, None, 2)
     assert (job.unit_images, job.unit_views, job.bad_images, job.max_pixels, job.threads) == (5, 1, 0.5, 9, 2)
+
+
+def test_ops_and_mixes_reach_the_plan(write) -> None:
+    job = label_job(load(LabelFile, write(LABEL), ["views={policy: randaugment, erase_p: 0.25, mix: cutmix}"]))
+    assert (job.plan.policy, job.plan.erase_p, job.plan.mix) == ("randaugment", 0.25, "cutmix")
+    with pytest.raises(ConfigError, match="the view of policy center is whole and unmixed; got erase_p 0, mix mixup"):
+        label_job(load(LabelFile, write(LABEL), ["views={policy: center, mix: mixup}"]))
 
 
 def test_policy_center_takes_the_size_of_the_teacher(write) -> None:
