@@ -125,7 +125,7 @@ def test_keys_have_no_dots_that_webdataset_would_cut_at(image_id: str, key: str)
 
 def test_two_images_with_one_key_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for name in ("a.jpg", "a.png"):
+    for name in ("0.jpg", "a.jpg", "a.png"):
         (tmp_path / "in" / name).write_bytes(encode(small_image(0, height_px=9, width_px=9)))
     for out in (str(tmp_path / "out"), f"memory://{uuid.uuid4().hex}"):
         with pytest.raises(SourceError, match=r"a tar key of its own .* got 'a' again for 'a\.png'"):

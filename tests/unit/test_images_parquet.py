@@ -106,3 +106,13 @@ def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
 
 def parquet_bytes(directory: Path) -> bytes:
     return Path(write_parquet(directory / "whole.parquet", {"image": pa.array(images(3))})).read_bytes()
+
+
+def test_a_long_row_group_is_read_in_any_order(tmp_path: Path) -> None:
+    data = images(50)
+    location = write_parquet(tmp_path / "x.parquet", {"image": pa.array(data)}, rows=40)
+    source = open_source(location)
+    refs = source.scan("x.parquet")[1]
+    order = [45, 2, 39, 3, 3, 20, 49, 0]
+    found = [one for _, one in source.stream("x.parquet", [refs[row] for row in order])]
+    assert found == [data[row] for row in order]
