@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kddata_kernels.launch import Out, Recipe, Rows, kd_rows_arguments
+from kddata_kernels.plan import Tiles
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Facts of one compiled kernel. `loads` and `stores` count instructions by bits moved per thread."""
+    """Facts of one compiled kernel. `loads` and `stores` count instructions by bits moved per thread; `last_stores`
+    is the order at its end: wide stores are dense, narrow ones fixed classes."""
 
     registers: int
     spill_bytes: int
@@ -31,6 +36,7 @@ class Compiled:
     barriers: int
     loads: dict[int, int]
     stores: dict[int, int]
+    last_stores: list[str]
 
 
 def compile_for(kernel: Any, arguments: dict[str, Any], *, capability: int = 90) -> Compiled:
@@ -60,7 +66,45 @@ def compile_for(kernel: Any, arguments: dict[str, Any], *, capability: int = 90)
         barriers=sum("BAR.SYNC" in line for line in lines),
         loads=_widths(lines, "LDG"),
         stores=_widths(lines, "STG"),
+        last_stores=_order_of_stores(lines),
     )
+
+
+def example_arguments(
+    num_classes: int,
+    k: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    row_stride: int | None = None,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    tail: str = "bucket",
+    tiling: Tiles | None = None,
+) -> dict[str, Any]:
+    """The arguments of a launch of the row kernel that makes loss and gradient, labels taking part where alpha < 1."""
+    logits, grad = (torch.empty(2, row_stride or num_classes, dtype=dtype)[:, :num_classes] for _ in range(2))
+    ids = torch.zeros(2, k, dtype=torch.int32).to(torch.uint16 if num_classes <= 65536 else torch.int32)
+    rows = Rows(
+        logits_NC=logits,
+        ids_NK=ids,
+        log_p_NK=torch.empty(2, k, dtype=torch.float16),
+        log_tail_N=torch.empty(2),
+        targets_N=torch.zeros(2, dtype=torch.int64) if alpha < 1 else None,
+        targets_b_N=None,
+        lam_N=None,
+        weights_N=None,
+        ce_scale=torch.ones(1) if alpha < 1 else None,
+    )
+    recipe = Recipe(
+        temperature=temperature,
+        alpha=alpha,
+        tail=tail,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        kd_scale=0.5,
+        ce_scale=1.0,
+    )
+    return kd_rows_arguments(rows, recipe, Out(loss_N=torch.empty(2), grad_NC=grad), tiling=tiling)
 
 
 def _widths(lines: list[str], opcode: str) -> dict[int, int]:
@@ -71,6 +115,17 @@ def _widths(lines: list[str], opcode: str) -> dict[int, int]:
             width = re.search(r"\.[US]?(8|16|64|128)\b", match.group(1))
             found[int(width.group(1)) if width else 32] += 1
     return dict(sorted(found.items()))
+
+
+def _order_of_stores(lines: list[str]) -> list[str]:
+    """From the first wide store on: "dense" for runs of 128-bit stores, "fixed" for 16-bit ones, "barrier"."""
+    order: list[str] = []
+    for line in lines:
+        kinds = {"STG.E.128": "dense", "STG.E.U16": "fixed", "BAR.SYNC": "barrier"}
+        kind = next((name for opcode, name in kinds.items() if opcode in line), None)
+        if kind and (order or kind == "dense") and order[-1:] != [kind]:
+            order.append(kind)
+    return order
 
 
 def _triton_type(value: Any) -> str:
