@@ -3,6 +3,7 @@
 `open_source` turns a location into an `ImageSource` (tar, folder or parquet); `decode` turns bytes into pixels.
 """
 
+from kddata.images.again import image_again
 from kddata.images.decode import decode, image_hash, image_size, image_suffix
 from kddata.images.opening import open_source
 from kddata.images.pack import Packed, pack
@@ -14,6 +15,7 @@ __all__ = [
     "ImageSource",
     "Packed",
     "decode",
+    "image_again",
     "image_hash",
     "image_size",
     "image_suffix",

@@ -139,7 +139,9 @@ def file_size(url: str) -> int | None:
 
 
 def open_file(url: str) -> IO[bytes]:
-    """A seekable file for reading. Raises SourceError where it is missing."""
+    """A seekable file for reading. Raises SourceError where it is missing, or where a web server has no byte ranges."""
+    if url.startswith("http"):
+        read_range(url, 0, 1)
     with _reading(url):
         if is_local(url):
             return open(url, "rb")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import os
 import pickle
+import threading
 import uuid
 from pathlib import Path
 
@@ -153,3 +157,30 @@ def test_packed_images_are_the_same_images(base: str, tmp_path: Path, kind: str)
     theirs, mine = everything(source), everything(copy)
     assert [(ref.label, data) for _, ref, data in mine] == [(ref.label, data) for _, ref, data in theirs]
     assert [ref.image_id for _, ref, _ in mine] == [ref.image_id.removesuffix(".jpg") for _, ref, _ in theirs]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_web_servers_with_byte_ranges_are_read(s3_bucket: str, tmp_path: Path, kind: str) -> None:
+    bucket = f"{s3_bucket}/{uuid.uuid4().hex}"
+    source = images_at(bucket, tmp_path, kind)
+    assert isinstance(source.location, str)
+    system, root = fsspec.core.url_to_fs(bucket)
+    for path in system.find(root):
+        system.chmod(path, "public-read")
+    web = open_source(source.location.replace("s3://", os.environ["AWS_ENDPOINT_URL"] + "/"))
+    assert everything(web) == everything(source)
+
+
+def test_web_servers_without_byte_ranges_are_refused(tmp_path: Path) -> None:
+    make_images(tmp_path, shards=1)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        source = open_source(f"http://127.0.0.1:{server.server_port}/00000.tar")
+        assert source.shard_names() == ["00000.tar"]
+        with pytest.raises(SourceError, match="their servers honour byte ranges"):
+            source.scan("00000.tar")
+    finally:
+        server.shutdown()
+        server.server_close()
