@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +14,14 @@ from kddata import __version__, commands
 from kddata.console import Bar, exit_code
 from kddata.errors import StoreDamagedError
 
+if TYPE_CHECKING:
+    from kddata.care import Audit
+
 EXIT_CODES = """
 Exit codes: 0 done; 1 something unforeseen, with its traceback; 2 a job file or argument is wrong; 3 images are missing,
 broken or ambiguous; 4 a teacher or student cannot be built, or answers with NaN; 5 a store cannot be used as asked, or
-`verify` found damage; 6 too few CPUs or GPUs; 130 ctrl-C; 143 SIGTERM. Stopped commands go on where they were when they
-are given again.
+`verify` or `audit` found a fault; 6 too few CPUs or GPUs; 130 ctrl-C; 143 SIGTERM. Stopped commands go on where they
+were when they are given again.
 """
 
 app = typer.Typer(
@@ -33,6 +36,7 @@ app = typer.Typer(
 JobFile = Annotated[str, typer.Argument(metavar="FILE", help="a YAML job file; jobs/configs has examples")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="replaces values of the file")]
 Store = Annotated[str, typer.Argument(metavar="STORE", help="path or URL of a store")]
+Images = Annotated[str | None, typer.Option(help="where the images lie now, if they moved")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON value on stdout, for machines")]
 
 
@@ -122,6 +126,20 @@ def label(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @command
+def extend(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Adds views, or image shards after the former ones, to a finished store; what is there stays byte for byte.
+
+    Takes the job file that the store was labelled by, with a larger views.per_image or longer images; any other
+    change is refused and named. Goes on where an earlier run stopped.
+
+    \b
+    kddata extend jobs/configs/label.yaml views.per_image=100
+    kddata extend jobs/configs/label.yaml 'images=shards/{00000..00200}.tar'
+    """
+    commands.label(file, overrides or (), extend=True, as_json=as_json)
+
+
+@command
 def train(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Trains a student from a store, on Ray; the same run name goes on where an earlier run stopped.
 
@@ -183,26 +201,197 @@ def _random_crop(plan: dict[str, Any]) -> str:
 
 
 @command
-def verify(store: Store, as_json: AsJson = False) -> None:
+def verify(
+    store: Store,
+    pixels: Annotated[bool, typer.Option("--pixels", help="also render the hashed sample of views again")] = False,
+    images: Images = None,
+    as_json: AsJson = False,
+) -> None:
     """Reads every byte of a finished store, compares it with what was written, and names each damaged file.
+
+    With --pixels, also renders the views whose pixels were hashed, and compares: the proof that training sees what the
+    teacher saw, with these images and these library versions.
 
     \b
     kddata verify out/labels && echo sound
+    kddata verify out/labels --pixels --images moved/shards
     """
-    from kddata.store import verify_store
+    from kddata.store import LabelStore, verify_store
 
     problems = verify_store(store)
+    manifest_lost = any(problem.file.startswith("manifest-") for problem in problems)
+    if pixels and not manifest_lost:
+        from kddata.care import check_pixels
+
+        damaged = frozenset(problem.file for problem in problems)
+        problems += check_pixels(LabelStore.open(store), images=images, skip=damaged)
     if as_json:
         commands.say(json.dumps([{"file": problem.file, "reason": problem.reason} for problem in problems]))
     else:
         for problem in problems:
             commands.say(f"{problem.file}: {problem.reason}")
         if not problems:
-            commands.say(f"{store}: every file is as it was written")
+            commands.say(f"{store}: every file is as it was written" + ", every hashed view too" * pixels)
     if problems:
         raise StoreDamagedError(
-            "a store is as it was written", actual=f"{len(problems)} problems, first in {problems[0].file}", where=store
+            "a store is as it was written",
+            actual=f"{len(problems)} problems, first in {problems[0].file}",
+            where=store,
+            fix="`kddata repair` makes damaged and missing files again, `kddata gc` removes extra ones",
         )
+
+
+@command
+def repair(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Makes the damaged and missing files of a finished store again, byte for byte; sound files are not touched.
+
+    Takes the job file that the store was labelled by; images may have moved. Another teacher, plan or images are
+    refused and named, and so is a file that would come out with other bytes (another machine kind or library version).
+
+    \b
+    kddata repair jobs/configs/label.yaml
+    kddata repair jobs/configs/label.yaml 'images=moved/{00000..00003}.tar'
+    """
+    import dataclasses
+
+    from kddata import care
+    from kddata.config import LabelFile, label_job, load
+
+    settings = load(LabelFile, file, overrides or ())
+    device = "cuda" if settings.cluster.gpus_per_teacher else "cpu"
+    job = dataclasses.replace(label_job(settings), device=device)
+    done = care.repair(job, on_file=lambda name: None if as_json else commands.say(f"{name}: made again"))
+    if as_json:
+        commands.say(json.dumps(dataclasses.asdict(done)))
+    elif not done.files:
+        commands.say(f"{done.url}: no file is damaged")
+    for problem in () if as_json else done.left:
+        commands.say(f"{problem.file}: {problem.reason}")
+
+
+@command
+def gc(
+    store: Store,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list them, and remove nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Removes from a store's folder what belongs to nothing: temporary files, files that no manifest names.
+
+    \b
+    kddata gc out/labels --dry-run
+    kddata gc s3://bucket/labels
+    """
+    import dataclasses
+
+    from kddata.care import collect_garbage
+
+    strays = collect_garbage(store, dry_run=dry_run)
+    if as_json:
+        commands.say(json.dumps([dataclasses.asdict(stray) for stray in strays]))
+        return
+    for stray in strays:
+        commands.say(f"{stray.file}: {stray.reason}, {stray.num_bytes:,} B")
+    done = "would be removed" if dry_run else "removed"
+    commands.say(f"{store}: {len(strays)} files, {sum(stray.num_bytes for stray in strays):,} B {done}")
+
+
+@command
+def merge(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="path or URL of the new store")],
+    stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="finished stores of one spec")],
+    images: Images = None,
+    as_json: AsJson = False,
+) -> None:
+    """Joins stores that were labelled apart into a new one, as if they had been labelled at once.
+
+    Of the same views of other image shards each, or of views of the same images that follow each other
+    (views.first). Stores of another spec are refused and the fields named.
+
+    \b
+    kddata merge out/all out/part0 out/part1
+    kddata merge out/views0-99 out/views0-49 out/views50-99
+    """
+    from kddata import care
+
+    info = care.merge(out, stores, images=images).info()
+    if as_json:
+        commands.say(json.dumps(info))
+    else:
+        commands.say(f"{info['url']}: {info['rows']:,} views, in {info['units']} units of {len(stores)} stores")
+
+
+@command
+def audit(
+    store: Store,
+    job: Annotated[str | None, typer.Option(help="job file whose teacher is asked again")] = None,
+    views: Annotated[int, typer.Option(min=1, help="most stored views to ask about")] = 256,
+    seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    images: Images = None,
+    min_top1: Annotated[float, typer.Option(help="least share of views with the stored top-1 class")] = 0.99,
+    max_kl: Annotated[float, typer.Option(help="most mean KL(stored || asked again), nats")] = 0.01,
+    min_accuracy: Annotated[float, typer.Option(help="least accuracy of the teacher, where there is ground truth")] = 0,
+    max_bad: Annotated[float, typer.Option(help="most bad images, as a share of all")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Asks the teacher again about a sample of views, and judges the store's numbers; fails past the thresholds.
+
+    Also notices another teacher than the store's, and mean and std under which it would be right more often.
+
+    \b
+    kddata audit out/labels
+    kddata audit out/labels --job jobs/configs/label.yaml --views 1000 --min-accuracy 0.6
+    """
+    import dataclasses
+
+    from kddata import care
+    from kddata.config import LabelFile, label_job, load
+    from kddata.errors import StoreMismatchError
+    from kddata.labelling import load_job_teacher
+    from kddata.store import LabelStore
+
+    opened = LabelStore.open(store)
+    teacher = None if job is None else load_job_teacher(label_job(load(LabelFile, job)))
+    found = care.audit(
+        opened,
+        teacher,
+        views=views,
+        seed=seed,
+        images=images,
+        min_top1=min_top1,
+        max_kl=max_kl,
+        min_accuracy=min_accuracy,
+        max_bad=max_bad,
+    )
+    if as_json:
+        commands.say(json.dumps(dataclasses.asdict(found)))
+    else:
+        for name, text in audit_lines(found):
+            commands.say(f"{name:<12} {text}")
+    if found.faults:
+        raise StoreMismatchError(
+            "a store's labels are what its teacher says", actual="; ".join(found.faults), where=opened.url
+        )
+
+
+def audit_lines(found: Audit) -> list[tuple[str, str]]:
+    """What `kddata audit` prints, as (name, text)."""
+    again, classes = "no teacher named, so none was asked again (--job)", "no ground truth"
+    if found.views:
+        again = f"top-1 as stored {found.top1_match:.2%}, KL mean {found.mean_kl:.3g}, largest {found.max_kl:.3g} nats"
+        again = f"{found.views} views: {again}"
+    if found.images_per_class is not None:
+        least, median, most = found.images_per_class
+        classes = f"{least} to {most} images each, median {median:g}; {found.classes_without_images} have none"
+    accuracy = found.teacher_accuracy
+    return [
+        ("asked again", again),
+        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of all views"),
+        ("entropy", f"{found.mean_entropy_nats:.3f} nats, mean over views"),
+        ("tail mass", f"{found.mean_tail_mass:.4f}, mean over views"),
+        ("classes", classes),
+        ("bad images", f"{found.bad_images} of {found.num_images}"),
+        ("verdict", "; ".join(found.faults) or "nothing past its threshold"),
+    ]
 
 
 @command
@@ -210,7 +399,7 @@ def show(
     store: Store,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="an image id")],
     out: Annotated[Path, typer.Option(help="the PNG file to write")] = Path("views.png"),
-    images: Annotated[str | None, typer.Option(help="where the images lie now, if they moved")] = None,
+    images: Images = None,
     class_names: Annotated[str | None, typer.Option(help="a text file, one name a line")] = None,
     most: Annotated[int, typer.Option(min=1, help="most views to draw")] = 11,
 ) -> None:

@@ -14,8 +14,11 @@ from kddata.config import LabelFile, TrainFile, label_job, load, train_job
 from kddata.console import Bar
 
 
-def label(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
-    """Labels what a job file says into a store, and prints what was made. Raises KddataError."""
+def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_json: bool = False) -> None:
+    """Labels what a job file says into a store, and prints what was made. Raises KddataError.
+
+    With `extend`, adds to a finished store what the file has and the store has not.
+    """
     file = load(LabelFile, path, overrides)
     job = label_job(file)
     from kddata.cluster import labelling
@@ -30,6 +33,7 @@ def label(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             job,
             teachers=file.cluster.teachers,
             gpus_per_teacher=file.cluster.gpus_per_teacher,
+            extend=extend,
             on_standing=show,
         )
     info = done.store.info()

@@ -1,9 +1,8 @@
 """Teachers: networks built from a description and weights, frozen, that answer uint8 views with logits.
 
-A description names its builder: "torchvision:mobilenet_v2", or "python:package.module:callable", which imports the
-user's own code (it is named by a job file, never by a store). Students are built here too. Nothing here trains, stores
-or draws views. Trade-off: every forward pass is padded to one batch size and pinned to one thread count, so that a
-view's logits do not depend on what else is in its batch.
+A description names its builder, such as "torchvision:mobilenet_v2"; see `kddata.builders`. Students are built here too.
+Nothing here trains, stores or draws views. Trade-off: every forward pass is padded to one batch size and pinned to one
+thread count, so that a view's logits do not depend on what else is in its batch.
 
 Shapes: B views, C classes, S side in pixels.
 """
@@ -11,9 +10,9 @@ Shapes: B views, C classes, S side in pixels.
 from __future__ import annotations
 
 import contextlib
-import difflib
+import copy
+import dataclasses
 import hashlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kddata import rng
-from kddata.cards import MemoryFormat, TeacherCard
-from kddata.errors import ConfigError, TeacherError
+from kddata import builders, rng
+from kddata.cards import Dtype, MemoryFormat, TeacherCard
+from kddata.errors import TeacherError
 
 _NAMED_MISFITS = 5
 
@@ -46,10 +45,11 @@ class TeacherArgs:
     """A teacher as a job names it.
 
     Attributes:
-        arch: "torchvision:NAME" or "python:package.module:callable" (called with num_classes=).
+        arch: "torchvision:NAME", "timm:NAME", "hf:NAME-or-path", or "python:package.module:callable".
         weights: URL or path of a safetensors file; None only for a `python:` callable that brings its own.
         num_classes: C.
         size_px: side of its input.
+        dtype: in which it runs. bfloat16 is quick on GPUs, and keeps about three digits of a logit.
         mean, std: of its input channels, for pixels in [0, 1].
         class_names: in the order of its logits, where known.
     """
@@ -61,6 +61,7 @@ class TeacherArgs:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     class_names: tuple[str, ...] | None = None
+    dtype: Dtype = "float32"
 
 
 class Teacher:
@@ -80,9 +81,14 @@ class Teacher:
         self._device = torch.device(device)
         self._batch_size, self._threads = batch_size, threads
         self._layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        self._network = network.eval().requires_grad_(False).to(self._device).to(memory_format=self._layout)
+        self._dtype = torch.bfloat16 if card.dtype == "bfloat16" else torch.float32
+        network = network.eval().requires_grad_(False).to(self._device, self._dtype)
+        self._network = network.to(memory_format=self._layout)
+        self._take_statistics()
+
+    def _take_statistics(self) -> None:
         self._mean_311, self._std_311 = (
-            torch.tensor(values, device=self._device)[:, None, None] for values in (card.mean, card.std)
+            torch.tensor(values, device=self._device)[:, None, None] for values in (self.card.mean, self.card.std)
         )
 
     @torch.inference_mode()
@@ -98,12 +104,19 @@ class Teacher:
             parts = [self._forward(chunk) for chunk in pixels_u8_B3SS.split(self._batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, self.card.num_classes)
 
+    def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Teacher:
+        """The same network fed pixels that are normalised otherwise. Nothing is copied."""
+        other = copy.copy(self)
+        other.card = dataclasses.replace(self.card, mean=mean, std=std)
+        other._take_statistics()
+        return other
+
     def _forward(self, pixels_u8_B3SS: Tensor) -> Tensor:
         num_views, wanted = len(pixels_u8_B3SS), (self._batch_size, self.card.num_classes)
         padded = pixels_u8_B3SS.new_zeros(self._batch_size, *pixels_u8_B3SS.shape[1:])
         padded[:num_views] = pixels_u8_B3SS
         x = padded.to(self._device).float().div_(255).sub_(self._mean_311).div_(self._std_311)
-        logits = self._network(x.contiguous(memory_format=self._layout))
+        logits = self._network(x.to(self._dtype).contiguous(memory_format=self._layout))
         if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
             raise TeacherError(
                 f"a teacher of {wanted[1]} classes answers a batch of {wanted[0]} views with logits of shape {wanted}",
@@ -138,16 +151,25 @@ def load_teacher(
     network = build_network(args.arch, num_classes=args.num_classes, weights=args.weights)
     names = None if args.class_names is None else "".join(f"{name}\n" for name in args.class_names)
     card = TeacherCard(
-        arch=args.arch,
+        arch=builders.public_name(args.arch),
         weights_sha256=weights_sha256(network),
         num_classes=args.num_classes,
         classes_sha256=None if names is None else hashlib.sha256(names.encode()).hexdigest(),
         size_px=args.size_px,
         mean=args.mean,
         std=args.std,
+        dtype=args.dtype,
     )
     teacher = Teacher(network, card, device=device, batch_size=batch_size, threads=threads, memory_format=memory_format)
-    teacher(torch.zeros(1, 3, args.size_px, args.size_px, dtype=torch.uint8))
+    try:
+        teacher(torch.zeros(1, 3, args.size_px, args.size_px, dtype=torch.uint8))
+    except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for an input of another size
+        raise TeacherError(
+            f"a teacher takes views of {args.size_px} px (teacher.size_px)",
+            actual=" ".join(str(error).split())[:200],
+            where=args.arch,
+            fix="set teacher.size_px to the input size of the network",
+        ) from error
     return teacher
 
 
@@ -155,24 +177,19 @@ def build_network(arch: str, *, num_classes: int, weights: str | None = None, se
     """The network that `arch` names, in eval mode, on the CPU, in float32: a pure function of its arguments.
 
     Args:
-        arch: "torchvision:NAME" or "python:package.module:callable".
+        arch: as in `TeacherArgs`; see `kddata.builders`.
         num_classes: handed to the builder by this name.
         weights: URL or path of a safetensors file that fits exactly; half precision is cast to float. None keeps the
             builder's own initial weights.
         seed: of those initial weights.
 
-    Raises ConfigError for an arch that names no builder, TeacherError for weights that are missing or do not fit.
+    Raises ConfigError for an arch that names no builder, TeacherError for weights that are missing or do not fit, and
+    for a builder whose package is not installed.
     """
-    scheme, _, name = arch.partition(":")
-    if scheme == "torchvision":
-        builder = _torchvision_builder(name)
-    elif scheme == "python":
-        builder = _python_builder(name)
-    else:
-        raise ConfigError("arch is torchvision:NAME or python:package.module:callable", actual=repr(arch))
+    build = builders.builder(arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "weights")[:8], "little"))
-        network = builder(num_classes=num_classes)
+        network = build(num_classes=num_classes)
     if not isinstance(network, nn.Module):
         raise TeacherError("arch builds a torch.nn.Module", actual=type(network).__name__, where=arch)
     network = network.float().eval()
@@ -188,37 +205,6 @@ def weights_sha256(network: nn.Module) -> str:
         digest.update(f"{name}\n{value.dtype}\n{tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _torchvision_builder(name: str):  # type: ignore[no-untyped-def]
-    from torchvision import models
-
-    known = models.list_models(module=models)  # classifiers alone
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            "arch torchvision:NAME names a torchvision classifier",
-            actual=repr(name),
-            fix=f"perhaps torchvision:{near[0]}" if near else "see torchvision.models.list_models()",
-        )
-    return lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes)
-
-
-def _python_builder(name: str):  # type: ignore[no-untyped-def]
-    module_name, _, attribute = name.partition(":")
-    where = f"python:{name}"
-    try:
-        builder = getattr(importlib.import_module(module_name), attribute, None) if attribute else None
-    except ImportError as error:
-        raise ConfigError(
-            "arch python:package.module:callable names a module that can be imported here",
-            actual=str(error),
-            where=where,
-            fix="install it, or run where it lies on PYTHONPATH",
-        ) from error
-    if not callable(builder):
-        raise ConfigError("arch python:package.module:callable names a callable", actual=repr(name), where=where)
-    return builder
 
 
 def _load_weights(network: nn.Module, url: str, arch: str) -> None:

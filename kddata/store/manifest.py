@@ -16,8 +16,10 @@ from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
 
 HEADER = "store.json"
+HEADER_KEYS = ("fingerprint", "first_view", "format_version", "images", "libraries", "spec", "views_per_image")
 IMAGES = "images.json"
 MANIFEST = "manifest-000001.json"
+_COPY = ".copy.json"
 _LIBRARIES = ("kddata", "numpy", "pillow", "pyarrow", "torch", "torchvision")
 _log = logging.getLogger(__name__)
 
@@ -86,6 +88,12 @@ def manifest_name(generation: int) -> str:
     return f"manifest-{generation:06d}.json"
 
 
+def twin(name: str) -> str:
+    """The copy of a manifest, written just before it, or the manifest of a copy: each mends the other."""
+    main = name.removesuffix(_COPY)
+    return main if main != name else name.removesuffix(".json") + _COPY
+
+
 def extension_name(generation: int) -> str:
     """Of the record of an extension that is under way to this generation; it is removed when that is committed."""
     return f"extension-{generation:06d}.json"
@@ -95,8 +103,8 @@ def index_name(shard: int) -> str:
     return f"index/{shard:05d}.arrow"
 
 
-def labels_name(unit: int) -> str:
-    return f"labels/{unit:06d}.arrow"
+def labels_name(unit: int, format: str = "arrow") -> str:
+    return f"labels/{unit:06d}.{format.partition('+')[0]}"
 
 
 def receipt_name(unit: int) -> str:
@@ -210,7 +218,7 @@ def manifest(
     bad = dict(pair for receipt in done for pair in reversed(receipt.bad)) | dict(before["bad"])
     entries = [
         {
-            **{"file": labels_name(unit.number), "rows": receipt.rows, "bytes": receipt.bytes},
+            **{"file": labels_name(unit.number, head["spec"]["format"]), "rows": receipt.rows, "bytes": receipt.bytes},
             **{"sha256": receipt.sha256, "images": receipt.images},
             **dataclasses.asdict(unit),
         }
@@ -245,10 +253,29 @@ def newest(storage: Storage) -> tuple[str, bytes] | None:
     return found
 
 
+def publish(storage: Storage, content: dict[str, Any]) -> None:
+    """Publishes a manifest, its copy first, unless there is one of its generation."""
+    name, data = manifest_name(content["generation"]), seal(content)
+    with storage.replacing(twin(name)) as out:
+        out.write(data)
+    storage.create(name, data)
+
+
+def parse(data: bytes, *, name: str, where: str) -> dict[str, Any]:
+    """The content of the manifest, or the copy of one, that lies under this name. Raises like `unseal`."""
+    content = unseal(data, where=where)
+    generation = content.get("generation")
+    if generation is None or not name.startswith(manifest_name(generation).removesuffix(".json")):
+        raise StoreDamagedError(
+            "a manifest is of the generation that it is named by", actual=f"generation {generation}", where=where
+        )
+    return content
+
+
 def find(storage: Storage) -> dict[str, Any] | None:
     """The content of the newest manifest; None where there is none."""
     found = newest(storage)
-    return None if found is None else unseal(found[1], where=f"{storage.url}/{found[0]}")
+    return None if found is None else parse(found[1], name=found[0], where=f"{storage.url}/{found[0]}")
 
 
 def load(storage: Storage) -> dict[str, Any]:
@@ -258,12 +285,14 @@ def load(storage: Storage) -> dict[str, Any]:
         return committed
     if read_or_none(storage, HEADER) is None:
         raise StoreMissingError(f"a label store is a folder with a {MANIFEST}", where=storage.url, fix="check the path")
-    if any(name.startswith("manifest-") for name in storage.sizes()):
+    names = storage.sizes()
+    manifests = [name for name in names if name.startswith("manifest-")]
+    if manifests and not any(name.startswith("receipts/") for name in names):
         raise StoreDamagedError(
-            "the manifests of all generations stay in a store",
-            actual=f"a later one and no {MANIFEST}",
+            "every manifest stays in its store",
+            actual=f"{', '.join(manifests)} and no {MANIFEST}",
             where=storage.url,
-            fix="restore it from a copy",
+            fix="`kddata repair` restores it from its copy",
         )
     raise StoreMissingError(
         "a store is read when its labelling has finished",

@@ -33,6 +33,9 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
         digest = str(value.pop("seal"))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise StoreDamagedError("a record of a store is sealed JSON", actual=repr(error), where=where) from error
+    unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
+    if hashlib.sha256(unsealed).hexdigest() != digest:
+        raise StoreDamagedError("a record of a store has the bytes that were written", where=where)
     version = value.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreVersionError(
@@ -41,9 +44,6 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
             where=where,
             fix="upgrade kddata",
         )
-    unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
-    if hashlib.sha256(unsealed).hexdigest() != digest:
-        raise StoreDamagedError("a record of a store has the bytes that were written", where=where)
     return value
 
 

@@ -49,7 +49,7 @@ def test_a_shard_says_what_it_belongs_to(tmp_path):
     schema = pa.ipc.open_file(tmp_path / "labels/labels/000001.arrow").schema
     assert schema.metadata[b"kddata"].decode() == (
         f'{{"codec":"exact","fingerprint":"{store.spec.fingerprint}","format_version":1,"num_classes":10,'
-        '"temperatures":[1.0,4.0],"unit":1}'
+        '"source":0,"temperatures":[1.0,4.0],"unit":1,"views":[2,3]}'
     )
 
 
@@ -75,7 +75,7 @@ def test_a_store_can_be_moved(tmp_path):
 
 def test_memory_does_not_grow_with_the_unit(monkeypatch):
     """Of 60 parts that stream into one unit, only those of one record batch are alive at any time."""
-    monkeypatch.setattr("kddata.store.arrow._BATCH_ROWS", 8)
+    monkeypatch.setattr("kddata.store.columns._BATCH_ROWS", 8)
     store = begin_small_store("memory://bounded", spec=small_spec(unit_images=200), images=(120,), views_per_image=2)
     [unit] = store.units()
     rows = made_up_rows(store, unit)

@@ -1,0 +1,182 @@
+"""Repair: the damaged and missing files of a finished store, made again byte for byte.
+
+A label shard is labelled again, an index is scanned again, a record comes out of the manifest; each replaces what is
+there only if it has the hash that the manifest names. Deliberately not here: extra files, which `care.garbage` removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kddata.errors import StoreDamagedError, StoreMismatchError
+from kddata.images import ImageSource, open_source
+from kddata.labelling import LabellingJob, job_spec, label_unit, load_job_teacher
+from kddata.store import LabelStore, Problem, driving, manifest, open_storage, verify_store
+from kddata.store.lock import LOCK
+from kddata.store.sealing import seal, unseal
+from kddata.store.storage import Storage
+from kddata.teacher import Answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """What a repair did: files made again, how many of them were labelled again, and what is left to other means."""
+
+    url: str
+    files: tuple[str, ...]
+    units: int
+    left: tuple[Problem, ...]
+
+
+def repair(job: LabellingJob, *, on_file: Callable[[str], None] = lambda file: None) -> Repaired:
+    """Mends the store of a job; files that are sound are not touched.
+
+    The job is the one that the store was labelled by; its images may have moved. `left` lists what is no damage to a
+    file of the store: extra files.
+
+    Args:
+        on_file: called with each file that was made again.
+
+    Raises StoreMismatchError, naming the field, for another teacher, plan or images than the store's, and for a file
+    that would come out with other bytes than it had: nothing is replaced then. StoreDamagedError where no sound copy of
+    a manifest is left, StoreMissingError where there is no finished store, StoreBusyError where someone writes to it.
+    """
+    storage = open_storage(job.store)
+    if not any(name.startswith("manifest-") for name in storage.sizes()):
+        manifest.load(storage)  # raises, before a lock is laid where there is no store
+    with driving(job.store):
+        return _repair(job, on_file)
+
+
+def _repair(job: LabellingJob, on_file: Callable[[str], None]) -> Repaired:
+    storage, problems = open_storage(job.store), _problems(job.store)
+    restored: list[str] = []
+    damaged = {problem.file for problem in problems if not problem.reason.startswith("extra")}
+    manifests = sorted(name for name in damaged if name.startswith("manifest-"))
+    for name in manifests:
+        _restore_manifest(storage, name)
+        on_file(name)
+        restored.append(name)
+    if manifests:
+        problems = _problems(job.store)  # a damaged manifest may have hidden other damage
+    damaged = {problem.file for problem in problems if not problem.reason.startswith("extra")}
+    store = LabelStore.open(job.store)
+    committed = manifest.load(storage)
+    for name in sorted(damaged & {manifest.HEADER, manifest.IMAGES}):
+        _restore_record(storage, name, committed["files"][name])
+        on_file(name)
+        restored.append(name)
+    indexes = [i for i in range(len(store.images)) if manifest.index_name(i) in damaged]
+    units = [unit for unit, entry in zip(store.units(), committed["units"], strict=True) if entry["file"] in damaged]
+    if indexes or units:
+        teacher = load_job_teacher(job)
+        source = open_source(job.images)
+        _require_same(store, committed, job, teacher, source)
+        for number in indexes:
+            _restore_index(store, number, source)
+            on_file(manifest.index_name(number))
+            restored.append(manifest.index_name(number))
+        for number in sorted({unit.shard for unit in units} - set(indexes)):
+            _require_same_images(store, number, source)
+        for unit in units:
+            label_unit(store, unit, source, teacher, max_pixels=job.max_pixels, restore=True)
+            on_file(committed["units"][unit.number]["file"])
+            restored.append(committed["units"][unit.number]["file"])
+    left = tuple(problem for problem in problems if problem.file not in restored)
+    return Repaired(url=store.url, files=tuple(restored), units=len(units), left=left)
+
+
+def _problems(url: str) -> list[Problem]:
+    return [problem for problem in verify_store(url) if not LOCK.search(problem.file)]
+
+
+def _require_same(
+    store: LabelStore, committed: dict[str, Any], job: LabellingJob, teacher: Answers, source: ImageSource
+) -> None:
+    """Raises StoreMismatchError naming the fields in which the job is not the one that the store was labelled by."""
+    asked = manifest.header(
+        job_spec(job, teacher.card),
+        location=store.location,  # images may have moved
+        kind=source.kind,
+        views_per_image=job.views_per_image,
+        first_view=job.first_view,
+    )
+    manifest.require_same(committed, asked, where=store.url)
+    names = source.shard_names()
+    for number, shard in enumerate(store.images):
+        if number >= len(names) or names[number] != shard.name:
+            raise StoreMismatchError(
+                "a store is repaired from the images that were labelled",
+                actual=f"images: shard number {number} is {names[number] if number < len(names) else None!r}, "
+                f"stored {shard.name!r}",
+                where=store.url,
+                fix="name the place where these images lie",
+            )
+
+
+def _require_same_images(store: LabelStore, number: int, source: ImageSource) -> None:
+    """Raises StoreMismatchError for an image shard that is no longer what was indexed."""
+    shard = store.images[number]
+    scanned, refs = source.scan(shard.name)
+    found = (scanned.size_bytes, scanned.num_images, [ref.image_id for ref in refs])
+    stored = (shard.size_bytes, shard.num_images, store.image_ids(number))
+    for field, mine, theirs in zip(("size_bytes", "num_images", "image ids"), stored, found, strict=True):
+        if mine != theirs and mine is not None:
+            raise StoreMismatchError(
+                "a store is repaired from the images that were labelled",
+                actual=f"images: {field} of {shard.name}: "
+                + (f"stored {mine}, found {theirs}" if field != "image ids" else "others than were indexed"),
+                where=store.url,
+                fix="bring the former images back",
+            )
+
+
+def _restore_index(store: LabelStore, number: int, source: ImageSource) -> None:
+    stored = store.images[number]
+    shard, refs = source.scan(stored.name)
+    store.write_index(
+        number,
+        name=stored.name,
+        size_bytes=shard.size_bytes,
+        ids=[ref.image_id for ref in refs],
+        labels=[ref.label for ref in refs],
+        offsets=[ref.offset for ref in refs],
+        lengths=[ref.length for ref in refs],
+    )
+
+
+def _restore_record(storage: Storage, name: str, sha256: str) -> None:
+    """store.json or images.json, whose content the first manifest holds too."""
+    first = unseal(storage.read(manifest.MANIFEST), where=f"{storage.url}/{manifest.MANIFEST}")
+    if name == manifest.HEADER:
+        data = seal({key: first[key] for key in manifest.HEADER_KEYS})
+    else:
+        data = seal({"shards": first["image_shards"]})
+    assert hashlib.sha256(data).hexdigest() == sha256, f"{name} is not what the manifest was made from"
+    _replace(storage, name, data)
+
+
+def _restore_manifest(storage: Storage, name: str) -> None:
+    """A manifest from its copy, or a copy from its manifest: whichever of the two still has its seal."""
+    twin = manifest.twin(name)
+    data = manifest.read_or_none(storage, twin)
+    try:
+        if data is None:
+            raise StoreDamagedError("a manifest has a copy", actual="none", where=f"{storage.url}/{twin}")
+        manifest.parse(data, name=twin, where=f"{storage.url}/{twin}")
+    except StoreDamagedError as error:
+        raise StoreDamagedError(
+            "a manifest or its copy is sound",
+            actual=str(error),
+            where=f"{storage.url}/{name}",
+            fix="restore one of the two from a backup; without them nothing says which labels are right",
+        ) from error
+    _replace(storage, name, data)
+
+
+def _replace(storage: Storage, name: str, data: bytes) -> None:
+    with storage.replacing(name) as out:
+        out.write(data)
