@@ -92,11 +92,11 @@ def rounding(exact: LabelStore, compact: LabelStore) -> dict[str, object]:
 def decode_cost(compact: LabelStore, images: str) -> dict[str, float]:
     """Seconds to decode all label rows once, and all images once per view, in one thread."""
     blobs = [compact.storage.read(f"labels/{unit.number:06d}.arrow") for unit in compact.units()]
-    from kddata.store import arrow
+    from kddata.store import formats
 
     start = time.perf_counter()
     for unit, blob in zip(compact.units(), blobs, strict=True):
-        arrow.read_labels(blob, compact.spec, unit.number, where="memory")
+        formats.read_labels(blob, compact.spec, unit.number, where="memory")
     labels_s = (time.perf_counter() - start) / compact.num_rows
     source = open_source(images)
     name = source.shard_names()[0]

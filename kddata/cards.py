@@ -20,8 +20,9 @@ FORMAT_VERSION = 1
 COMPACT_MAX_K = 255
 
 Codec = Literal["exact", "compact"]
-Format = Literal["arrow"]
+Format = Literal["arrow", "tar", "tar+images"]
 MemoryFormat = Literal["contiguous", "channels_last"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TeacherCard:
     size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     labels_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class TeacherCard:
                 "a teacher has at least one class and pixel, three means, and three standard deviations above 0",
                 actual=f"{self.num_classes} classes, {self.size_px} px, mean {self.mean}, std {self.std}",
             )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError("a teacher runs in float32 or bfloat16", actual=repr(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from kddata.labelling.job import (
     LabellingJob,
     check_bad_images,
     finish,
+    is_tidy,
     job_spec,
     label_store,
     load_job_teacher,
@@ -21,13 +22,15 @@ from kddata.labelling.job import (
     prepare,
     require_distinct,
 )
-from kddata.labelling.unit import label_unit
+from kddata.labelling.unit import hashed_by_draw, label_unit
 
 __all__ = [
     "Labelled",
     "LabellingJob",
     "check_bad_images",
     "finish",
+    "hashed_by_draw",
+    "is_tidy",
     "job_spec",
     "label_store",
     "label_unit",

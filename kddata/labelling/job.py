@@ -14,11 +14,11 @@ from itertools import islice
 
 import numpy as np
 
-from kddata.cards import Codec, MemoryFormat, StoreSpec, TeacherCard
-from kddata.errors import BadImageBudgetError, SourceError
+from kddata.cards import Codec, Format, MemoryFormat, StoreSpec, TeacherCard
+from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
 from kddata.images import ImageSource, open_source
 from kddata.labelling.unit import label_unit
-from kddata.store import LabelStore, Receipt, Unit
+from kddata.store import LabelStore, Receipt, Unit, driving
 from kddata.teacher import Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
@@ -38,6 +38,7 @@ class LabellingJob:
         views_per_image: V.
         first_view: index of the first of them, for stores that are labelled apart and merged.
         k, temperatures, codec: what is kept of an answer.
+        format: of the label files.
         unit_images, unit_views: most images, and views, of a unit.
         bad_images: share of all images that may be bad; past it the job fails.
         max_pixels: most pixels of an image, also where a view brings the whole image to another size.
@@ -54,6 +55,7 @@ class LabellingJob:
     k: int
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
+    format: Format = "arrow"
     unit_images: int = 1024
     unit_views: int | None = None
     bad_images: float = 0.001
@@ -83,25 +85,39 @@ def label_store(
         extend: add the views and image shards that the job has and its finished store has not; see `prepare`.
         on_receipt: called with the receipt of each unit that is labelled now, for progress.
 
-    Raises all that these raise. Whatever ends it, the same call goes on from there.
+    Raises all that these raise, and StoreBusyError where another driver is at work on the store. Whatever ends it, the
+    same call goes on from there.
     """
     teacher = load_job_teacher(job)
-    store = prepare(job, card=teacher.card, extend=extend)
-    if store.manifest is not None:
-        _log.info("%s is finished: nothing to do", store.url)
-        return Labelled(store=store, new_units=0)
-    source = open_source(job.images)
-    bad = dict(pair for receipt in store.finished().values() for pair in receipt.bad)
-    check_bad_images(store, bad, limit=job.bad_images)
-    units = missing_units(store)
-    for unit in units:
-        receipt = label_unit(store, unit, source, teacher, max_pixels=job.max_pixels)
-        if on_receipt is not None:
-            on_receipt(receipt)
-        bad.update(receipt.bad)
+    if not extend and is_tidy(job.store):
+        _log.info("%s is finished: nothing to do", job.store)
+        return Labelled(store=prepare(job, card=teacher.card), new_units=0)
+    with driving(job.store) as driver:
+        store = prepare(job, card=teacher.card, extend=extend)
+        if store.manifest is not None:
+            store.commit()  # an earlier driver may have died while it tidied up
+            return Labelled(store=store, new_units=0)
+        source = open_source(job.images)
+        bad = dict(pair for receipt in store.finished().values() for pair in receipt.bad)
         check_bad_images(store, bad, limit=job.bad_images)
-    finish(store, limit=job.bad_images)
+        units = missing_units(store)
+        for unit in units:
+            receipt = label_unit(store, unit, source, teacher, max_pixels=job.max_pixels)
+            if on_receipt is not None:
+                on_receipt(receipt)
+            bad.update(receipt.bad)
+            check_bad_images(store, bad, limit=job.bad_images)
+            driver.check()
+        finish(store, limit=job.bad_images)
     return Labelled(store=store, new_units=len(units))
+
+
+def is_tidy(url: str) -> bool:
+    """Whether a finished store lies at a URL, with nothing left behind by a driver that died at its very end."""
+    try:
+        return not LabelStore.open(url).leftovers()
+    except StoreMissingError:
+        return False
 
 
 def load_job_teacher(job: LabellingJob) -> Teacher:
@@ -149,6 +165,7 @@ def job_spec(job: LabellingJob, card: TeacherCard) -> StoreSpec:
         k=job.k,
         temperatures=job.temperatures,
         codec=job.codec,
+        format=job.format,
         unit_images=job.unit_images,
         unit_views=job.unit_views,
         batch_size=job.batch_size,

@@ -21,7 +21,7 @@ from torch import Tensor
 from kddata import rng
 from kddata.cards import StoreSpec
 from kddata.errors import BadImageError, StoreMismatchError, TeacherError
-from kddata.images import ImageRef, ImageSource, decode, image_hash
+from kddata.images import ImageRef, ImageSource, decode, image_again, image_hash
 from kddata.labelling.mixing import Partners
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Receipt, Unit
@@ -65,7 +65,8 @@ def label_unit(
     views = _cut(store, unit, source, max_pixels=max_pixels, bad=bad)
     batches = _one_ahead(_batched(views, store.spec.batch_size))
     write = store.restore_unit if restore else store.write_unit
-    return write(unit, (_answer(store.spec, unit, batch, teacher) for batch in batches), bad=bad)
+    rows = (_answer(store.spec, unit, batch, teacher) for batch in batches)
+    return write(unit, rows, bad=bad, image_bytes=image_again(source, store.images[unit.shard].name))
 
 
 class _Cut(NamedTuple):
@@ -102,9 +103,14 @@ def _cut(
             mix, partner = partners.of(ref.image_id, view_index)
             view = replace(view, mix=mix)
             pixels = render(image, view, size_px=size_px, interpolation=spec.plan.interpolation, partner=partner)
-            hashed = first or rng.unit_interval(0, "pixel hash", ref.image_id, view_index) < _HASHED_SHARE
+            hashed = first or hashed_by_draw(ref.image_id, view_index)
             first = False
             yield _Cut(ref, view_index, view, digest, pixel_hash(pixels) if hashed else None, pixels)
+
+
+def hashed_by_draw(image_id: str, view_index: int) -> bool:
+    """Whether the pixels of a view are hashed by the draw; those of the first row of a unit are in any case."""
+    return rng.unit_interval(0, "pixel hash", image_id, view_index) < _HASHED_SHARE
 
 
 def _draw(plan: ViewPlan, unit: Unit, image_id: str, image: Tensor, max_pixels: int) -> list[tuple[int, View]]:

@@ -3,9 +3,10 @@
 Any process may die at any point; whoever begins the same store again goes on where receipts end. A label shard
 without a receipt counts for nothing and is written again. Trade-off: a committed generation never changes, so reading
 it needs no lock and no listing: its manifest says all. An extension adds files and the next manifest; the older ones
-stay, each named with its hash by the next, and readers open the newest.
+stay, each named with its hash by the next, and readers open the newest. Each manifest has a copy, manifest-N.copy.json,
+from which it can be mended.
 
-Layout, in the order of writing: store.json, index/*.arrow, images.json, then for each unit labels/N.arrow and
+Layout, in the order of writing: store.json, index/*.arrow, images.json, then for each unit labels/N.arrow (or .tar) and
 receipts/N.json, then manifest-000001.json; receipts are removed after it. An extension in the same way: index/*.arrow
 of new image shards, extension-000002.json, new units, manifest-000002.json.
 """
@@ -24,12 +25,14 @@ import pyarrow.compute as pc
 
 from kddata.cards import StoreSpec
 from kddata.errors import ConfigError, StoreDamagedError, StoreError, StoreMismatchError, StoreMissingError
-from kddata.store import arrow, manifest
-from kddata.store.manifest import HEADER, IMAGES, IndexedShard, Receipt, Unit
+from kddata.store import arrow, columns, formats, manifest
+from kddata.store.lock import LOCK
+from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
 from kddata.store.rows import LabelRows
 from kddata.store.sealing import seal, unseal
-from kddata.store.storage import TEMPORARY, Storage, open_storage
+from kddata.store.storage import TEMPORARY, Storage, open_storage, require_create_once
 from kddata.store.tally import Tally
+from kddata.store.tar import ImageBytes
 from kddata.store.verify import Problem, find_problems
 
 
@@ -107,15 +110,21 @@ class LabelStore:
         )
         stored = manifest.read_or_none(storage, HEADER)
         if stored is None:
-            others = [name for name in storage.sizes() if not TEMPORARY.search(name) and name != HEADER]
+            others = [
+                name for name in storage.sizes() if not (TEMPORARY.search(name) or LOCK.match(name) or name == HEADER)
+            ]
             if others:
                 raise StoreMismatchError(
                     "a new store begins in an empty folder", actual=f"{others[:3]}", where=storage.url
                 )
+            require_create_once(storage)
             if storage.create(HEADER, seal(head)):
                 return cls(storage, head, None)
             stored = storage.read(HEADER)
         committed = manifest.find(storage)  # it counts where there is one, as an extension changes what store.json said
+        copied = committed is None and manifest.read_or_none(storage, manifest.twin(MANIFEST)) is not None
+        if copied and not storage.sizes("receipts"):
+            manifest.load(storage)  # raises: to label everything again would be a dear way to restore one file
         found = committed or unseal(stored, where=f"{storage.url}/{HEADER}")
         manifest.require_same(found, head, where=storage.url)
         manifest.warn_of_libraries(found["libraries"], where=storage.url)
@@ -273,6 +282,10 @@ class LabelStore:
         """The ids of the images of an image shard, in order."""
         return self._index_table(shard)["image_id"].to_pylist()
 
+    def image_labels(self, shard: int) -> np.ndarray:
+        """The ground truth of the images of an image shard, in order, int64; -1 where there is none."""
+        return self._index_table(shard)["label"].fill_null(-1).to_numpy().astype(np.int64)
+
     def find(self, image_id: str) -> list[Unit]:
         """The units that cover an image, by rising views; none where no index names it."""
         for shard in range(len(self.images)):
@@ -303,13 +316,21 @@ class LabelStore:
         """The receipts of finished units by number; none after the commit, which folds them into the manifest."""
         return {number: self._receipt(number) for number in sorted(_numbers(self.storage.sizes("receipts")))}
 
-    def write_unit(self, unit: Unit, rows: Iterable[LabelRows], *, bad: Sequence[tuple[str, str]] = ()) -> Receipt:
+    def write_unit(
+        self,
+        unit: Unit,
+        rows: Iterable[LabelRows],
+        *,
+        bad: Sequence[tuple[str, str]] = (),
+        image_bytes: ImageBytes | None = None,
+    ) -> Receipt:
         """Writes and acknowledges the label shard of a unit; memory is bounded by one part of `rows` and one batch.
 
         Args:
             rows: image after image in the order of the index, each with all views of the unit, rising.
             bad: (image id, reason) of the images left out. It is read after `rows` has ended, so that a generator
                 may fill it.
+            image_bytes: gives the images, where the store's format keeps them beside the labels.
 
         Returns the receipt; where the unit is finished already, the stored one, and `rows` is not read.
         Raises StoreError for rows that are not those of the unit. Nothing is published then.
@@ -321,27 +342,41 @@ class LabelStore:
         name = manifest.receipt_name(unit.number)
         if manifest.read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
-        receipt = self._write_labels(unit, rows, bad)
+        receipt = self._write_labels(unit, rows, bad, image_bytes)
         if not self.storage.create(name, manifest.receipt_bytes(receipt)):
             return self._receipt(unit.number)
         return receipt
 
-    def restore_unit(self, unit: Unit, rows: Iterable[LabelRows], *, bad: Sequence[tuple[str, str]] = ()) -> Receipt:
+    def restore_unit(
+        self,
+        unit: Unit,
+        rows: Iterable[LabelRows],
+        *,
+        bad: Sequence[tuple[str, str]] = (),
+        image_bytes: ImageBytes | None = None,
+    ) -> Receipt:
         """Writes the label shard of a committed unit again; the arguments are those of `write_unit`.
 
         Raises StoreMismatchError where that gives other bytes than the manifest's. Nothing is replaced then.
         """
-        return self._write_labels(unit, rows, bad, wanted=self._committed["units"][unit.number]["sha256"])
+        wanted = self._committed["units"][unit.number]["sha256"]
+        return self._write_labels(unit, rows, bad, image_bytes, wanted=wanted)
 
     def _write_labels(
-        self, unit: Unit, rows: Iterable[LabelRows], bad: Sequence[tuple[str, str]], *, wanted: str | None = None
+        self,
+        unit: Unit,
+        rows: Iterable[LabelRows],
+        bad: Sequence[tuple[str, str]],
+        image_bytes: ImageBytes | None,
+        *,
+        wanted: str | None = None,
     ) -> Receipt:
         """Publishes the label shard of a unit, if it has the wanted SHA-256."""
         tally = Tally(unit, where=f"unit {unit.number} of {self.url}")
-        batches = tally.watch(arrow.rebatch(rows, arrow.batch_rows(self.spec, unit.num_views)))
-        name = manifest.labels_name(unit.number)
+        batches = tally.watch(columns.rebatch(rows, columns.batch_rows(self.spec, unit.num_views)))
+        name = manifest.labels_name(unit.number, self.spec.format)
         with self.storage.replacing(name) as out:
-            arrow.write_labels(out, self.spec, unit, batches)
+            formats.write_labels(out, self.spec, unit, batches, on_stored=tally.count, image_bytes=image_bytes)
             tally.close(bad)
             _require_sha256(out.sha256, wanted, where=f"{self.url}/{name}")
         return Receipt(
@@ -366,7 +401,7 @@ class LabelStore:
         if self.manifest is None:
             generation = 1 if self._base is None else self._base["generation"] + 1
             if manifest.read_or_none(self.storage, manifest.manifest_name(generation)) is None:
-                self.storage.create(manifest.manifest_name(generation), seal(self._fold()))
+                manifest.publish(self.storage, self._fold())
             self.manifest = manifest.load(self.storage)
             self._units = self._images = self._base = None
         self.storage.remove(manifest.extension_name(self.manifest["generation"]))
@@ -375,6 +410,17 @@ class LabelStore:
             if TEMPORARY.search(name):  # left behind by a writer that died
                 self.storage.remove(name)
         return self.manifest
+
+    def leftovers(self) -> list[str]:
+        """Files that a driver leaves behind when it dies after the commit; `commit` removes them.
+
+        None while an extension is under way: they are its own.
+        """
+        names, generation = list(self.storage.sizes()), self._committed["generation"]
+        if manifest.extension_name(generation + 1) in names:
+            return []
+        passing = (TEMPORARY, LOCK, re.compile("^receipts/"), re.compile(f"^{manifest.extension_name(generation)}$"))
+        return [name for name in names if any(pattern.search(name) for pattern in passing)]
 
     def _fold(self) -> dict[str, Any]:
         units, receipts = self.units(), self.finished()
@@ -388,7 +434,7 @@ class LabelStore:
             )
         sizes = self.storage.sizes("labels")
         for unit in units:
-            name = manifest.labels_name(unit.number)
+            name = manifest.labels_name(unit.number, self.spec.format)
             if sizes.get(name) != receipts[unit.number].bytes:
                 raise StoreDamagedError(
                     f"a finished label shard has {receipts[unit.number].bytes} bytes",
@@ -420,7 +466,7 @@ class LabelStore:
         entry = self._committed["units"][unit]
         where = f"{self.url}/{entry['file']}"
         data = _read_checked(self.storage, entry["file"], entry["sha256"] if verify else None)
-        rows = arrow.read_labels(data, self.spec, unit, where=where)
+        rows = formats.read_labels(data, self.spec, unit, where=where)
         if len(rows) != entry["rows"]:
             raise StoreDamagedError(f"this shard has {entry['rows']} rows", actual=len(rows), where=where)
         return rows

@@ -1,4 +1,7 @@
-"""Tally: checks, while the rows of a unit pass by, that they are the unit's rows, and counts what its receipt says."""
+"""Tally: checks, while the rows of a unit pass by, that they are the unit's rows, and counts what its receipt says.
+
+What is counted is what is stored, with the codec's rounding, so that a shard that is written again counts the same.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Tally:
         self._unit, self._where = unit, where
         self._seen: set[str] = set()
         self._last = ""
-        self.rows = self.correct = self.labelled = 0
+        self._passed = self.rows = self.correct = self.labelled = 0
         self.entropy_sum = self.tail_sum = 0.0
 
     @property
@@ -29,7 +32,7 @@ class Tally:
         """The same batches. Raises StoreError for rows that are not image after image with all views, rising."""
         for rows in batches:
             self._check(rows)
-            self._count(rows)
+            self._passed += len(rows)
             yield rows
 
     def close(self, bad: Sequence[tuple[str, str]]) -> None:
@@ -52,7 +55,7 @@ class Tally:
 
     def _check(self, rows: LabelRows) -> None:
         unit = self._unit
-        position_B = (self.rows + np.arange(len(rows))) % unit.num_views
+        position_B = (self._passed + np.arange(len(rows))) % unit.num_views
         if not np.array_equal(rows.view, unit.view_start + position_B) or (rows.source != unit.shard).any():
             raise StoreError(
                 f"rows of a unit come image after image, each with views {unit.view_start} to {unit.view_stop - 1}, "
@@ -70,7 +73,8 @@ class Tally:
             self._seen.add(image_id)
             self._last = image_id
 
-    def _count(self, rows: LabelRows) -> None:
+    def count(self, rows: LabelRows) -> None:
+        """Adds rows as they will be read."""
         self.rows += len(rows)
         known = rows.label >= 0
         self.labelled += int(known.sum())

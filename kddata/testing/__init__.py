@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kddata import rng
-from kddata.cards import Codec, StoreSpec, TeacherCard
+from kddata.cards import Codec, Format, StoreSpec, TeacherCard
 from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Unit
@@ -218,11 +218,16 @@ def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = 
     )
 
 
+def made_up_image(image_id: str, *, offset: int, length: int, image_hash: int) -> tuple[str, bytes]:
+    """(file name ending, bytes) of an image of `made_up_rows`, for formats that keep images."""
+    return "jpg", f"image {image_id}".encode()
+
+
 def small_store(url: str, **arguments: Any) -> LabelStore:
     """A committed store of made-up labels; the arguments are those of `begin_small_store`."""
     store = begin_small_store(url, **arguments)
     for unit in store.units():
-        store.write_unit(unit, [made_up_rows(store, unit)])
+        store.write_unit(unit, [made_up_rows(store, unit)], image_bytes=made_up_image)
     store.commit()
     return store
 
@@ -241,6 +246,7 @@ def make_store(
     temperatures: tuple[float, ...] = (1.0,),
     unit_images: int = 4,
     codec: Codec = "exact",
+    format: Format = "arrow",
     plan: ViewPlan | None = None,
 ) -> LabelStore:
     """A committed store of `make_images`, truly labelled by `fake_teacher`; both lie below the directory.
@@ -261,6 +267,7 @@ def make_store(
         temperatures=temperatures,
         unit_images=unit_images,
         codec=codec,
+        format=format,
     )
     return label_store(job).store
 

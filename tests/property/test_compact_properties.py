@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kddata import errors
 from kddata.cards import StoreSpec, TeacherCard
 from kddata.labels import SoftLabels
-from kddata.store import LabelRows, Unit, arrow, compact
+from kddata.store import LabelRows, Unit, columns, compact, formats
 from kddata.store.storage import HashingWriter
 from kddata.testing import small_spec, soft_labels
 from kddata.views import ViewPlan
@@ -53,8 +53,10 @@ def round_trip(rows: LabelRows, spec: StoreSpec, num_views: int, view_start: int
     stop = view_start + num_views
     unit = Unit(number=7, shard=3, piece=0, start=0, stop=1, view_start=view_start, view_stop=stop)
     data = io.BytesIO()
-    arrow.write_labels(HashingWriter(data.write), spec, unit, arrow.rebatch([rows], arrow.batch_rows(spec, num_views)))
-    return arrow.read_labels(data.getvalue(), spec, 7, where="shard"), data.getvalue()
+    formats.write_labels(
+        HashingWriter(data.write), spec, unit, columns.rebatch([rows], columns.batch_rows(spec, num_views))
+    )
+    return formats.read_labels(data.getvalue(), spec, 7, where="shard"), data.getvalue()
 
 
 def assert_rounded(found: SoftLabels, labels: SoftLabels) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kddata import errors
 from kddata.cards import StoreSpec, TeacherCard
 from kddata.labels import SoftLabels
-from kddata.store import LabelRows, LabelStore, Unit, arrow, codecs, verify_store
+from kddata.store import LabelRows, LabelStore, Unit, codecs, columns, formats, verify_store
 from kddata.store.manifest import MANIFEST, plan_units
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import HashingWriter
@@ -125,7 +125,7 @@ def _shard(rows, spec, cuts, batch_rows):
     data = io.BytesIO()
     ends = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
     parts = [rows.take(slice(start, stop)) for start, stop in pairwise(ends)]
-    arrow.write_labels(HashingWriter(data.write), spec, UNIT, arrow.rebatch(parts, batch_rows))
+    formats.write_labels(HashingWriter(data.write), spec, UNIT, columns.rebatch(parts, batch_rows))
     return data.getvalue()
 
 
@@ -134,7 +134,7 @@ def test_a_shard_gives_rows_back_and_its_bytes_do_not_depend_on_the_pieces(rows,
     spec = _spec(rows.labels)
     data = _shard(rows, spec, cuts, batch_rows)
     assert data == _shard(rows, spec, [], batch_rows)
-    found = arrow.read_labels(data, spec, 7, where="shard")
+    found = formats.read_labels(data, spec, 7, where="shard")
     assert found.image_id == rows.image_id
     for name in ("view", "label", "box", "flip", "source", "offset", "length", "image_hash", "pixel_hash"):
         np.testing.assert_array_equal(getattr(found, name), getattr(rows, name), err_msg=name)
