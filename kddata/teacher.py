@@ -219,7 +219,7 @@ def _load_weights(network: nn.Module, url: str, arch: str) -> None:
         raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
     except SafetensorError as error:
         raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
-    wanted = network.state_dict()
+    wanted, stored = network.state_dict(), builders.renamed(network, stored)
     # A BatchNorm's step counter says nothing about its answers, and many files leave it out.
     missing = [name for name in wanted if name not in stored and not name.endswith("num_batches_tracked")]
     unexpected = sorted(name for name in stored if name not in wanted)

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from kddata.config.reading import Count, Location, NotNegative, Positive, Section, Share, absolute, absolute_arch, all_absolute
+from kddata.config.reading import (
+    Count,
+    Location,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    absolute,
+    absolute_arch,
+    all_absolute,
+)
 from kddata.errors import ConfigError
 
 if TYPE_CHECKING:

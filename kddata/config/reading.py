@@ -135,6 +135,12 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
+def absolute_arch(arch: str) -> str:
+    """An arch of which the folder in hf:FOLDER has become absolute, like a location; any other stays."""
+    scheme, _, name = arch.partition(":")
+    return f"hf:{absolute(name)}" if scheme == "hf" and Path(name).expanduser().is_dir() else arch
+
+
 def all_absolute(location: Location) -> Location:
     """`absolute` for one location or a list of them."""
     return absolute(location) if isinstance(location, str) else tuple(map(absolute, location))

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from kddata.config.reading import Count, Location, NotNegative, Positive, Section, Share, absolute, all_absolute
+from kddata.config.reading import (
+    Count,
+    Location,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    absolute,
+    absolute_arch,
+    all_absolute,
+)
 from kddata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +105,7 @@ def train_job(file: TrainFile) -> TrainingJob:
         store=absolute(file.store),
         run=absolute(file.run.storage).rstrip("/") + "/" + file.run.name,
         student=training.StudentArgs(
-            arch=student.arch,
+            arch=absolute_arch(student.arch),
             num_classes=student.num_classes,
             weights=None if student.weights is None else absolute(student.weights),
         ),

@@ -181,6 +181,19 @@ def test_ops_and_mixes_reach_the_plan(write) -> None:
         label_job(load(LabelFile, write(LABEL), ["views={policy: center, mix: mixup}"]))
 
 
+def test_a_folder_of_a_hugging_face_model_becomes_absolute(write, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "vit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for arch, wanted in (
+        ("hf:vit", f"hf:{tmp_path}/vit"),
+        ("hf:google/vit", "hf:google/vit"),
+        ("timm:vit", "timm:vit"),
+    ):
+        job = label_job(load(LabelFile, write(LABEL), [f"teacher.arch={arch}", "teacher.dtype=bfloat16"]))
+        assert (job.teacher.arch, job.teacher.dtype) == (wanted, "bfloat16")
+        assert train_job(load(TrainFile, write(TRAIN), [f"student.arch={arch}"])).student.arch == wanted
+
+
 def test_policy_center_takes_the_size_of_the_teacher(write) -> None:
     job = label_job(load(LabelFile, write(LABEL), ["views={policy: center, interpolation: bicubic}"]))
     assert (job.plan.center_px, job.plan.interpolation) == (32, "bicubic")

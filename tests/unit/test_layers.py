@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "rng"},
     {"ops"},
     {"views", "labels"},
-    {"cards"},  # values too; a spec holds a plan, and temperatures as labels declare them
+    {"cards", "builders"},  # cards are values too; a spec holds a plan, and temperatures as labels declare them
     {"images", "teacher", "nets", "store", "order", "losses", "evaluation", "fashion_mnist"},
     {"labelling", "reader"},
     {"replay", "care"},
@@ -32,6 +32,8 @@ ONLY = {  # who may import it, anywhere in the repository's shipped code
     "triton": {"kddata_kernels"},
     "kddata_kernels": {"losses", "kddata_kernels"},
     "matplotlib": {"report", "picture"},
+    "timm": {"builders"},
+    "transformers": {"builders"},
 }
 
 

@@ -1,5 +1,6 @@
 """Teachers: built exactly as described, or refused with names; their answers depend on pixels alone."""
 
+import dataclasses
 import sys
 import types
 
@@ -184,7 +185,7 @@ def test_a_torchvision_teacher_needs_weights():
 @pytest.mark.parametrize(
     ("arch", "match"),
     [
-        ("mobilenet_v2", "arch is torchvision:NAME or python:package.module:callable; got 'mobilenet_v2'"),
+        ("mobilenet_v2", "arch is torchvision:NAME, timm:NAME, hf:NAME-or-path or python:.*; got 'mobilenet_v2'"),
         ("torchvision:mobilnet_v2", "names a torchvision classifier; got 'mobilnet_v2'. Next: perhaps .*:mobilenet_v2"),
         ("torchvision:qqq", "Next: see torchvision.models.list_models"),
         ("python:no_such_module:f", "names a module that can be imported here; got No module named 'no_such_module'"),
@@ -225,6 +226,27 @@ def test_an_answer_of_another_width_is_found_at_loading(user_code, network, foun
 class _Tuple(nn.Module):
     def forward(self, x):
         return x, x
+
+
+def test_a_size_that_the_network_does_not_take_is_found_at_loading(user_code):
+    user_code.build = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+    args = _args(arch="python:user_code:build")
+    with pytest.raises(TeacherError, match=r"takes views of 32 px \(teacher.size_px\); got .*mat1 and mat2 .*size_px"):
+        load_teacher(args)
+    load_teacher(dataclasses.replace(args, size_px=16))
+
+
+def test_a_bfloat16_teacher_answers_alike_and_says_so_on_its_card(weights):
+    exact, quick = (load_teacher(_args(weights, dtype=dtype), batch_size=8) for dtype in ("float32", "bfloat16"))
+    assert (quick.card.dtype, quick.card.weights_sha256) == ("bfloat16", exact.card.weights_sha256)
+    views = _views(11)
+    said = quick(views)
+    assert said.dtype == torch.float32
+    assert torch.equal(said, said.bfloat16().float())
+    assert torch.equal(quick(views[3:4]), said[3:4])
+    assert 0 < (said - exact(views)).abs().max() < 0.1 * exact(views).std()
+    with pytest.raises(ConfigError, match="runs in float32 or bfloat16; got 'float16'"):
+        load_teacher(_args(weights, dtype="float16"))
 
 
 def test_the_fake_teacher_is_exact():
