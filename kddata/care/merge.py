@@ -15,10 +15,12 @@ from itertools import pairwise
 import numpy as np
 
 from kddata.cards import differences
-from kddata.errors import ConfigError, StoreMismatchError
-from kddata.images import open_source
+from kddata.care.pixels import cut_again
+from kddata.errors import ConfigError, KddataError, StoreMismatchError
+from kddata.images import ImageSource, open_source
 from kddata.labelling import finish, hashed_by_draw, missing_units, require_distinct
 from kddata.store import LabelRows, LabelStore, Unit, driving
+from kddata.views import pixel_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def merge(out: str, stores: Sequence[str], *, images: str | Sequence[str] | None
         with driving(out) as driver:
             _index(merged, parts, names)
             for unit in missing_units(merged):
-                rows, bad = _rows(merged, unit, parts)
+                rows, bad = _rows(merged, unit, parts, source)
                 merged.write_unit(unit, [rows], bad=bad)
                 driver.check()
             finish(merged, limit=1.0)
@@ -172,7 +174,9 @@ def _index(merged: LabelStore, parts: Sequence[_Part], names: list[str]) -> None
     require_distinct(merged)
 
 
-def _rows(merged: LabelStore, unit: Unit, parts: Sequence[_Part]) -> tuple[LabelRows, list[tuple[str, str]]]:
+def _rows(
+    merged: LabelStore, unit: Unit, parts: Sequence[_Part], source: ImageSource
+) -> tuple[LabelRows, list[tuple[str, str]]]:
     """The rows of a unit and its bad images, out of all units of the parts that have some of them."""
     ids = merged.read_index(unit)[0]
     found: list[LabelRows] = []
@@ -190,7 +194,21 @@ def _rows(merged: LabelStore, unit: Unit, parts: Sequence[_Part]) -> tuple[Label
     place = {image_id: i for i, image_id in enumerate(ids)}
     rows = rows.take(np.lexsort((rows.view, np.array([place[image_id] for image_id in rows.image_id], np.int64))))
     there = set(rows.image_id)
-    hashed = [hashed_by_draw(image_id, view) for image_id, view in zip(rows.image_id, rows.view.tolist(), strict=True)]
-    keep = np.array(hashed, dtype=bool) | (np.arange(len(rows)) == 0)
-    rows = dataclasses.replace(rows, source=np.full(len(rows), unit.shard), has_pixel_hash=rows.has_pixel_hash & keep)
-    return rows, [(image_id, reasons[image_id]) for image_id in ids if image_id not in there]
+    rows = dataclasses.replace(rows, source=np.full(len(rows), unit.shard))
+    return _hashed(merged, source, rows), [(image_id, reasons[image_id]) for image_id in ids if image_id not in there]
+
+
+def _hashed(merged: LabelStore, source: ImageSource, rows: LabelRows) -> LabelRows:
+    """The rows of a unit with the pixel hashes that labelling gives them: those by the draw, and the first one.
+
+    The first row of a unit may have stood inside one of a part's, without a hash: it is rendered again.
+    """
+    drawn = [hashed_by_draw(image_id, view) for image_id, view in zip(rows.image_id, rows.view.tolist(), strict=True)]
+    keep, pixel_hashes = np.array(drawn, dtype=bool), rows.pixel_hash.copy()
+    if len(rows) and not rows.has_pixel_hash[0]:
+        ((_, pixels),) = cut_again(merged, source, rows, np.array([0]))
+        if isinstance(pixels, KddataError):
+            raise pixels
+        pixel_hashes[0] = pixel_hash(pixels)
+    keep[:1] = True
+    return dataclasses.replace(rows, pixel_hash=pixel_hashes, has_pixel_hash=keep)

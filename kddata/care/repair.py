@@ -14,7 +14,7 @@ from typing import Any
 from kddata.errors import StoreDamagedError, StoreMismatchError
 from kddata.images import ImageSource, open_source
 from kddata.labelling import LabellingJob, job_spec, label_unit, load_job_teacher
-from kddata.store import LabelStore, Problem, driving, manifest, open_storage, verify_store
+from kddata.store import LabelStore, Problem, Unit, driving, manifest, open_storage, verify_store
 from kddata.store.lock import LOCK
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
@@ -121,17 +121,23 @@ def _require_same_images(store: LabelStore, number: int, source: ImageSource) ->
     """Raises StoreMismatchError for an image shard that is no longer what was indexed."""
     shard = store.images[number]
     scanned, refs = source.scan(shard.name)
-    found = (scanned.size_bytes, scanned.num_images, [ref.image_id for ref in refs])
-    stored = (shard.size_bytes, shard.num_images, store.image_ids(number))
-    for field, mine, theirs in zip(("size_bytes", "num_images", "image ids"), stored, found, strict=True):
-        if mine != theirs and mine is not None:
-            raise StoreMismatchError(
-                "a store is repaired from the images that were labelled",
-                actual=f"images: {field} of {shard.name}: "
-                + (f"stored {mine}, found {theirs}" if field != "image ids" else "others than were indexed"),
-                where=store.url,
-                fix="bring the former images back",
-            )
+    whole = Unit(number=0, shard=number, piece=0, start=0, stop=shard.num_images, view_start=0, view_stop=0)
+    stored = list(zip(*store.read_index(whole), strict=True))
+    found = [(ref.image_id, ref.label, ref.offset, ref.length) for ref in refs]
+    if shard.size_bytes not in (None, scanned.size_bytes):
+        actual = f"size_bytes of {shard.name}: stored {shard.size_bytes}, found {scanned.size_bytes}"
+    elif stored != found:
+        i = next((i for i, pair in enumerate(zip(stored, found, strict=False)) if pair[0] != pair[1]), len(stored))
+        there, here = (str(index[i]) if i < len(index) else "none" for index in (stored, found))
+        actual = f"(id, label, offset, length) of image {i} of {shard.name}: stored {there}, found {here}"
+    else:
+        return
+    raise StoreMismatchError(
+        "a store is repaired from the images that were labelled",
+        actual=f"images: {actual}",
+        where=store.url,
+        fix="bring the former images back",
+    )
 
 
 def _restore_index(store: LabelStore, number: int, source: ImageSource) -> None:

@@ -90,8 +90,9 @@ def manifest_name(generation: int) -> str:
 
 def twin(name: str) -> str:
     """The copy of a manifest, written just before it, or the manifest of a copy: each mends the other."""
-    main = name.removesuffix(_COPY)
-    return main if main != name else name.removesuffix(".json") + _COPY
+    if name.endswith(_COPY):
+        return name.removesuffix(_COPY) + ".json"
+    return name.removesuffix(".json") + _COPY
 
 
 def extension_name(generation: int) -> str:

@@ -575,7 +575,8 @@ def _require_sha256(found: str, wanted: str | None, *, where: str) -> None:
             "a file of a store is replaced by the same bytes alone",
             actual=f"SHA-256 {found[:12]}... for {str(wanted)[:12]}...",
             where=where,
-            fix="use the machine kind and the library versions that the store was made with (nothing was changed)",
+            fix="use the images, the machine kind and the library versions that the store was made with (nothing was "
+            "changed)",
         )
 
 
