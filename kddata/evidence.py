@@ -104,7 +104,14 @@ def gather(
             cached_s=cached.train_s,
             loop_s=loop.train_s,
         ),
-        steps=StepAgreement(cached_S=cached.loss_S, loop_S=loop.loss_S, tolerance=tolerance, reason=tolerance_reason),
+        steps=StepAgreement(
+            cached_S=cached.loss_S,
+            loop_S=loop.loss_S,
+            loop_cached_S=loop.cached_loss_S,
+            tolerance=tolerance,
+            reason=tolerance_reason,
+            accuracy=paired_bootstrap(right[loop.student, "cached"], right[loop.student, "loop"]),
+        ),
         samples=samples(store, class_names, most=num_samples),
         settings=[*settings, *_settings(store, runs)],
         caveats=caveats,
@@ -173,4 +180,5 @@ def _arm(run: ArmRun, scores: Mapping[str, float], *, num_views: int) -> Arm:
         train_s=train_s,
         images_per_s=num_views * len(result.epochs) / train_s,
         loss_S=result.loss_S,
+        cached_loss_S=result.cached_loss_S,
     )

@@ -76,7 +76,7 @@ def lines(
             f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="5" fill="#fff" stroke="{INK}" stroke-width="2"/>'
         )
         parts.append(
-            _text(x_of(x) + (-12 if side == "end" else 12), y_of(y) - 10, text, anchor=side, color=INK, bold=True)
+            _text(x_of(x) + (-12 if side == "end" else 12), y_of(y) + 24, text, anchor=side, color=INK, bold=True)
         )
     parts.append(_text((_LEFT + width_px - _RIGHT) / 2, height_px - 6, x_label, anchor="middle"))
     parts.append(

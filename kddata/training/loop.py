@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,11 +71,14 @@ class TrainingResult:
         loss_S: of each step, the mean over its rows (metrics.json, as the next).
         epochs: a record of each: epoch, loss, lr, seconds since it began or was resumed, images_per_s, data_wait, and
             what evaluation found, which is on rank 0 alone.
+        cached_loss_S: with a teacher in the loop, what the stored labels would have made of each step's loss; it
+            differs from loss_S by the rounding of what is stored.
     """
 
     card: dict[str, Any]
     loss_S: list[float]
     epochs: list[dict[str, Any]]
+    cached_loss_S: list[float] = field(default_factory=list)
 
 
 def train(
@@ -112,12 +115,14 @@ def train(
     student = _student(job, pixels_of, device)
     optimizer = _optimizer(job.optimizer, student)
     loss_S: list[float] = []
+    cached_loss_S: list[float] = []
     epochs: list[dict[str, Any]] = []
     checkpoint = run.load_checkpoint()
     if checkpoint is not None:
         student.load_state_dict(checkpoint["student"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         loss_S, epochs = checkpoint["loss_S"].tolist(), json.loads(checkpoint["epochs"])
+        cached_loss_S = checkpoint["cached_loss_S"].tolist()
     require_same_start(len(loss_S), world_size, device, where=job.run)
 
     replay = Replay(
@@ -162,6 +167,9 @@ def train(
         if not (save or len(unseen) == _LOOK_STEPS):
             continue
         loss_S += mean_losses(unseen, world_size)
+        cached = [dataclasses.replace(step, loss=step.cached_loss) for step in unseen if step.cached_loss is not None]
+        if cached:
+            cached_loss_S += mean_losses(cached, world_size)
         record: dict[str, Any] | None = None
         if epoch_ends:
             record = {
@@ -180,8 +188,9 @@ def train(
             require_finite(student, step)
         if save and rank == 0:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            history = {"loss_S": torch.tensor(loss_S, dtype=torch.float64), "epochs": json.dumps(epochs)}
-            run.save_checkpoint(taken, state | history)
+            losses_S = {"loss_S": loss_S, "cached_loss_S": cached_loss_S}
+            history = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses_S.items()}
+            run.save_checkpoint(taken, state | history | {"epochs": json.dumps(epochs)})
         report(
             Progress(
                 step=taken,
@@ -196,10 +205,11 @@ def train(
         )
         unseen, of_look = [], Meter()
 
-    result = TrainingResult(card=_card(job, store, student, epochs[-1]), loss_S=loss_S, epochs=epochs)
+    metrics: dict[str, Any] = {"loss_S": loss_S, "epochs": epochs, "cached_loss_S": cached_loss_S}
+    card = _card(job, store, student, epochs[-1])
     if rank == 0:
-        run.finish(student.state_dict(), card=result.card, metrics={"loss_S": loss_S, "epochs": epochs})
-    return result
+        run.finish(student.state_dict(), card=card, metrics=metrics)
+    return TrainingResult(card=card, **metrics)
 
 
 def check(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method, Run]:

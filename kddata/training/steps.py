@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ _CALM = "lower optimizer.lr or lengthen optimizer.warmup_epochs, in a run of ano
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step that was taken. `loss` is this rank's part of the mean over the step's rows, still on the device."""
+    """One step that was taken. `loss` is this rank's part of the mean over the step's rows, still on the device.
+
+    `cached_loss`, with a teacher in the loop alone: what the stored labels would have made of the same logits.
+    """
 
     number: int
     loss: Tensor
+    cached_loss: Tensor | None = None
     lr: float
     rows: int
     image_ids: list[str]
@@ -78,8 +83,11 @@ def training_steps(
         pair: dict[str, Tensor] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
             pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
-        loss_B = method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair)
-        loss = loss_B.sum() / batch.step_rows
+        loss_of = partial(_mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair)
+        loss = loss_of(logits_BC, labels)
+        cached_loss = None
+        if teach is not None:
+            cached_loss = loss_of(logits_BC.detach(), batch.labels.to(logits_BC.device, non_blocking=True))
         optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
         optimizer.step()
@@ -87,6 +95,7 @@ def training_steps(
         yield Step(
             number=number,
             loss=loss.detach(),
+            cached_loss=cached_loss,
             lr=lr,
             rows=batch.step_rows,
             image_ids=batch.image_ids,
@@ -94,6 +103,13 @@ def training_steps(
             seconds=end - begin,
         )
         begin = time.perf_counter()
+
+
+def _mean_loss(
+    method: Method, logits_BC: Tensor, labels: SoftLabels, *, targets_B: Tensor, rows: int, pair: dict[str, Tensor]
+) -> Tensor:
+    """This rank's part of the mean loss over a step's rows."""
+    return method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair).sum() / rows
 
 
 def mean_losses(steps: list[Step], world_size: int) -> list[float]:

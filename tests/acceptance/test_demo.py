@@ -81,8 +81,9 @@ def test_training_from_the_cache_is_training_with_the_teacher_in_the_loop(done):
     assert len(cached["loss_S"]) == len(loop["loss_S"]) == 16
     assert cached["loss_S"] != loop["loss_S"]  # or the loop arm did not ask the teacher
     # The first step has equal weights in both: its difference is that of the stored values' rounding alone.
-    assert cached["loss_S"][0] == pytest.approx(loop["loss_S"][0], rel=1e-3)
-    assert "agree within the tolerance at every one of 16 steps" in done[2]
+    assert cached["loss_S"][0] == loop["cached_loss_S"][0] == pytest.approx(loop["loss_S"][0], rel=1e-3)
+    assert loop["cached_loss_S"] != loop["loss_S"]
+    assert "within the tolerance at every one of 16 steps" in done[2]
 
 
 def test_all_arms_saw_the_same_rows_in_the_same_order(done):

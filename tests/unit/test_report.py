@@ -26,8 +26,10 @@ def _cost(**changes):
     return Cost(**{"cached_s": 20.0, "loop_s": 45.0, **values})
 
 
-def _steps(cached, loop, tolerance):
-    return StepAgreement(cached_S=cached, loop_S=loop, tolerance=tolerance, reason="Rounding.")
+def _steps(loop_cached, loop, tolerance, *, cached=None):
+    values = {"cached_S": cached or loop, "loop_S": loop, "loop_cached_S": loop_cached, "tolerance": tolerance}
+    accuracy = Interval(difference=-0.002, low=-0.006, high=0.002, level=0.95)
+    return StepAgreement(**values, reason="Rounding.", accuracy=accuracy)
 
 
 def _report(**changes):
@@ -144,8 +146,16 @@ def test_steps_agree_within_the_tolerance_or_the_page_says_that_they_do_not():
     assert _steps([2.0, 1.009], [2.0, 1.0], 0.005).held
     apart = _steps([2.0, 0.98], [2.0, 1.0], 0.005)
     assert not apart.held
-    assert "do NOT agree" in apart.verdict
-    assert "largest difference is 1.00% of the first loss, 0.50% was allowed" in page(_report(steps=apart))
+    assert "NOT every one of 2 steps" in apart.verdict
+    assert "largest difference is 1.0000% of the first loss, 0.5000% was allowed" in page(_report(steps=apart))
+
+
+def test_two_whole_runs_are_reported_with_how_far_they_drifted():
+    steps = _steps([2.0, 1.0], [2.0, 1.0], 0.005, cached=[2.0, 1.1])
+    assert steps.held  # the tolerance speaks of equal weights alone
+    assert steps.drift_S == pytest.approx([0.0, 0.05])
+    assert "at most 5.00% of the first loss in a step" in page(_report(steps=steps))
+    assert "ends -0.2 points from the other (95% interval -0.6 to +0.2): no difference is shown" in steps.drift
 
 
 def test_runs_of_different_length_are_not_compared():

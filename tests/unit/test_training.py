@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kddata import losses
-from kddata.errors import ConfigError, SourceError, StoreMismatchError, StoreMissingError, TeacherError
+from kddata.errors import ConfigError, SourceError, StoreError, StoreMismatchError, StoreMissingError, TeacherError
 from kddata.labels import SoftLabels
 from kddata.replay import loader
 from kddata.store import LabelStore
@@ -184,7 +184,7 @@ def test_a_torn_checkpoint_is_never_loaded(job, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StoreError, match="No space"):
         train(job)
     assert [path.name for path in Path(job.run, "checkpoints").iterdir()] == ["000000003.pt"]
     monkeypatch.setattr(torch, "save", save)
@@ -259,6 +259,10 @@ def test_cached_labels_train_as_the_teacher_in_the_loop_does(job):
     assert cached.loss_S != live.loss_S
     assert cached.loss_S == pytest.approx(live.loss_S, rel=5e-4)
     assert live.card["teacher_in_the_loop"]
+    assert live.cached_loss_S != live.loss_S
+    assert live.cached_loss_S == pytest.approx(live.loss_S, rel=1e-4)  # the same weights: nothing adds up
+    assert live.cached_loss_S[0] == cached.loss_S[0]
+    assert cached.cached_loss_S == []
 
 
 def test_a_teacher_in_the_loop_has_its_own_input_size(tmp_path, job):
