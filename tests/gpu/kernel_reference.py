@@ -6,14 +6,18 @@ outputs within one unit in the last place besides.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kddata_kernels import launch, ops
+from kddata_kernels.plan import Tiles
 from torch import Tensor
 
 IGNORED = -100
@@ -196,15 +200,8 @@ SMALL_SHAPES = [
     (1, 1, 1), (3, 2, 1), (8, 31, 4), (3, 32, 32), (5, 33, 33), (7, 127, 126),  # within a word of the bitmap, and k = C
     (4, 100, 17), (2, 1000, 10), (3, 1021, 50), (2, 1024, 1), (1, 2049, 64), (2, 4096, 16),  # prime, at and past a tile
 ]  # fmt: skip
-LARGE_SHAPES = [
-    (257, 1000, 10),
-    (64, 1000, 1000),
-    (33, 4096, 4096),
-    (17, 21841, 50),
-    (9, 32000, 10),
-    (5, 32768, 1),
-    (3, 128256, 10),
-]
+LARGE_SHAPES = [(257, 1000, 10), (64, 1000, 1000), (33, 4096, 4096), (17, 21841, 50), (9, 32000, 10), (5, 32768, 1)]
+PRODUCT_SHAPES = [(8, 31, 4), (9, 65, 65), (33, 1000, 10), (5, 21841, 50), (5, 32000, 10), (3, 128256, 10)]
 AXES: dict[str, list[Any]] = {
     "shape": SMALL_SHAPES,
     "tail": ["bucket", "renorm", "uniform", "support", "sampled"],
@@ -222,59 +219,75 @@ AXES: dict[str, list[Any]] = {
 }
 
 
-def pairwise_cases() -> list[Case]:
+def pairwise_cases(shapes: list[tuple[int, int, int]]) -> list[Case]:
     """Cases in which every pair of values of every two axes occurs: greedy, from a fixed seed."""
+    axes = AXES | {"shape": shapes}
     rng = random.Random(0)
-    names = list(AXES)
+    names = list(axes)
     open_pairs = {
         (a, i, b, j)
         for a, b in itertools.combinations(range(len(names)), 2)
-        for i in range(len(AXES[names[a]]))
-        for j in range(len(AXES[names[b]]))
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
     }
     chosen = []
     while open_pairs:
         candidates = []
         for _ in range(30):
             a, i, b, j = rng.choice(sorted(open_pairs))
-            row = [rng.randrange(len(AXES[name])) for name in names]
+            row = [rng.randrange(len(axes[name])) for name in names]
             row[a], row[b] = i, j
             candidates.append((len(_pairs(row) & open_pairs), row))
         _, best = max(candidates)
         open_pairs -= _pairs(best)
         chosen.append(best)
     return [
-        Case(seed=number, **{name: AXES[name][i] for name, i in zip(names, row, strict=True)})
+        Case(seed=number, **{name: axes[name][i] for name, i in zip(names, row, strict=True)})
         for number, row in enumerate(chosen)
     ]
 
 
 def all_cases() -> list[Case]:
-    """The full product of what kernels must serve, for a GPU; the minor axes take turns."""
-    minor = itertools.cycle(
-        itertools.product(
-            *(AXES[name] for name in ("ids_dtype", "log_p_dtype", "weights", "reduction", "padding", "looped"))
-        )
-    )
+    """The full product of the axes that meet in the arithmetic, for a GPU; the other axes take turns."""
+    minor = ("ids_dtype", "log_p_dtype", "weights", "reduction", "padding", "looped")
+    major = ("tail", "temperature", "alpha", "smoothing", "mixup", "dtype")
+    turns = itertools.cycle(itertools.product(*(AXES[name] for name in minor)))
     cases = []
-    shapes = SMALL_SHAPES + LARGE_SHAPES
-    names = ("tail", "temperature", "alpha", "smoothing", "mixup", "dtype")
-    for number, (shape, *major) in enumerate(itertools.product(shapes, *(AXES[name] for name in names))):
-        ids, log_p, weights, reduction, padding, looped = next(minor)
-        cases.append(
-            Case(
-                shape=shape,
-                **dict(zip(names, major, strict=True)),
-                ids_dtype=ids,
-                log_p_dtype=log_p,
-                weights=weights,
-                reduction=reduction,
-                padding=padding,
-                looped=looped,
-                seed=number,
-            )
-        )
+    for seed, values in enumerate(itertools.product(PRODUCT_SHAPES, *(AXES[name] for name in major))):
+        point = dict(zip(("shape", *major), values, strict=True)) | dict(zip(minor, next(turns), strict=True))
+        cases.append(Case(seed=seed, **point))
     return cases
+
+
+def check_part(part: int, parts: int, device: str) -> int:
+    """Every `parts`-th case of the full product; how many they were. One launch each: most cases compile a kernel."""
+    cases = all_cases()[part::parts]
+    for case in cases:
+        logits, kept, options = inputs(case, device)
+        tensors = (options.get("targets_b_N"), options.get("lam_N"), options.get("weights_N"))
+        numbers = (case.temperature, case.alpha, case.tail, case.smoothing, IGNORED, case.reduction == "mean")
+        with tiles_of(case):
+            loss, grad, _, _ = ops.kd_rows(logits, *kept, *tensors, *numbers, True, False)
+        want = expected(logits, *kept, **options)
+        try:
+            assert_loss(loss, want, "none")
+            assert_gradient(grad, want.grad_NC)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+    return len(cases)
+
+
+@contextlib.contextmanager
+def tiles_of(case: Case) -> Iterator[None]:
+    """Rows walked in small tiles where the case says so, whatever their length."""
+    block = 64 if case.shape[1] <= 512 else 1024
+    looped = Tiles(rows=1, block=block, looped=True, num_warps=4)
+    table = launch.tiles
+    launch.tiles = (lambda *_, **__: looped) if case.looped else table
+    try:
+        yield
+    finally:
+        launch.tiles = table
 
 
 def _pairs(row: list[int]) -> set[tuple[int, int, int, int]]:

@@ -1,6 +1,7 @@
 """The fused losses as citizens of autograd, autocast and torch.compile."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import kddata_kernels as kernels
@@ -129,6 +130,25 @@ def test_autocast(device: str) -> None:
     loss.backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
+
+
+def test_under_ddp(device: str, tmp_path: Path) -> None:
+    """DDP's hooks see the gradients that a plain backward makes."""
+    _, kept, options = inputs(CASE, device)
+    torch.manual_seed(0)
+    layer, features = torch.nn.Linear(16, 100, device=device), torch.randn(6, 16, device=device)
+    kernels.kd_loss(layer(features), *kept, **options).backward()
+    assert layer.weight.grad is not None
+    plain, layer.weight.grad, layer.bias.grad = layer.weight.grad, None, None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(layer)
+        for _ in range(2):  # the second step needs the first one's hooks to have run
+            layer.zero_grad()
+            kernels.kd_loss(model(features), *kept, **options).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(layer.weight.grad, plain)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -151,6 +151,7 @@ def unfused(x: Tensor, weight: Tensor, ids: Tensor, log_p: Tensor, log_tail: Ten
 def peak_bytes(work: Callable[[], Any], device: str, folder: Path) -> int:
     """The most that torch's allocator held during `work`, above what it held before."""
     if device == "cuda":
+        work()  # so that cuBLAS holds its workspace
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,29 +1,44 @@
 """Loss and gradient of the fused loss against float64, over the product of what it serves."""
 
 import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import kddata_kernels as kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from kddata_kernels import launch
-from kddata_kernels.plan import Tiles
-from kernel_reference import Case, all_cases, assert_gradient, assert_loss, expected, inputs, pairwise_cases, teacher
+from kernel_reference import (
+    LARGE_SHAPES,
+    SMALL_SHAPES,
+    Case,
+    all_cases,
+    assert_gradient,
+    assert_loss,
+    check_part,
+    expected,
+    inputs,
+    pairwise_cases,
+    teacher,
+    tiles_of,
+)
 
-LOOPED = Tiles(rows=1, block=64, looped=True, num_warps=2)
+SMALL, LARGE = pairwise_cases(SMALL_SHAPES), pairwise_cases(LARGE_SHAPES)
 
 
-def run(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if case.looped:
-        block = LOOPED if case.shape[1] <= 512 else Tiles(rows=1, block=1024, looped=True, num_warps=4)
-        monkeypatch.setattr(launch, "tiles", lambda *_, **__: block)
+def run(case: Case, device: str) -> None:
     logits, kept, options = inputs(case, device)
     untouched = [x.clone() for x in (logits, *kept)]
     logits.requires_grad_()
-    loss, stats = kernels.kd_loss(logits, *kept, **options, stats=True)
+    with tiles_of(case):
+        loss, stats = kernels.kd_loss(logits, *kept, **options, stats=True)
+        loss.sum().backward()
+        with torch.no_grad():  # without statistics, and without a gradient, other variants of the kernel run
+            plain = kernels.kd_loss(logits, *kept, **options)
     want = expected(logits, *kept, **options)
     assert_loss(loss, want, case.reduction)
-    loss.sum().backward()
+    assert_loss(plain, want, case.reduction)
     assert logits.grad is not None
     assert logits.grad.dtype == case.dtype
     assert_gradient(logits.grad, want.grad_NC)
@@ -32,28 +47,31 @@ def run(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_gradient(stats.ce, want.ce_N, scale=float((1 + want.ce_N.abs()).max()) * 3)
     for x, before in zip((logits, *kept), untouched, strict=True):
         assert torch.equal(x.detach(), before), "an input was changed"
-    # Without statistics, and without a gradient, other variants of the kernel run.
-    with torch.no_grad():
-        assert_loss(kernels.kd_loss(logits, *kept, **options), want, case.reduction)
 
 
-PAIRWISE = pairwise_cases()
-
-
-@pytest.mark.parametrize("number", range(len(PAIRWISE)))
-def test_pairwise(number: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(PAIRWISE[number], device, monkeypatch)
+@pytest.mark.parametrize("number", range(len(SMALL)))
+def test_pairwise(number: int, device: str) -> None:
+    run(SMALL[number], device)
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.parametrize("part", range(16))
-def test_full_product(part: int, device: str) -> None:
-    for case in all_cases()[part::16]:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            try:
-                run(case, device, monkeypatch)
-            except AssertionError as error:
-                raise AssertionError(f"{case}: {error}") from error
+@pytest.mark.parametrize("number", range(len(LARGE)))
+def test_pairwise_large(number: int, device: str) -> None:
+    run(LARGE[number], device)
+
+
+def test_a_few_of_the_full_product(device: str) -> None:
+    assert check_part(3, 1500, device) == 3
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.timeout(3600)
+def test_full_product(device: str) -> None:
+    """In as many processes as there are cores: nearly every case compiles a kernel of its own."""
+    parts = os.cpu_count() or 1
+    with ProcessPoolExecutor(parts, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(check_part, range(parts), [parts] * parts, [device] * parts))
+    assert sum(done) == len(all_cases())
 
 
 @pytest.mark.parametrize("tail", kernels.TAILS)

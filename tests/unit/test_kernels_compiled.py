@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_headline_shapes(name: str) -> None:
-    """All bulk traffic moves 16 bytes a thread; other loads are of the kept classes. Spills stay within 32 bytes."""
+    """All bulk traffic moves 16 bytes a thread; other loads are of the kept classes. Spills stay within 64 bytes."""
     num_classes, k, options = SHAPES[name]
     arguments = example_arguments(num_classes, k, **options)
     made = compile_for(kd_rows_kernel, arguments)
@@ -38,7 +38,7 @@ def test_headline_shapes(name: str) -> None:
     assert made.loads.get(128) == wide * passes, made
     assert made.stores.get(128) == wide, made
     assert sum(count for bits, count in made.stores.items() if bits < 128) <= 4, made
-    assert made.spill_bytes <= 32, made
+    assert made.spill_bytes <= 64, made
     assert made.registers * threads <= 65536, made
     assert made.shared_bytes <= 8192, made
 
