@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def prepare(job: LabellingJob, *, card: TeacherCard | None = None, extend: bool 
     spec = job_spec(job, card or load_job_teacher(dataclasses.replace(job, device="cpu")).card)
     source = open_source(job.images)
     names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
-    views = {"views_per_image": job.views_per_image, "first_view": job.first_view}
+    views: dict[str, Any] = {"views_per_image": job.views_per_image, "first_view": job.first_view}
     if extend:
         store = LabelStore.extend(
             job.store, spec=spec, location=source.location, kind=source.kind, names=names, **views

@@ -149,15 +149,21 @@ def plan_units(
 
 
 def header(
-    spec: StoreSpec, *, location: str | tuple[str, ...], kind: str, views_per_image: int, first_view: int = 0
+    spec: StoreSpec,
+    *,
+    location: str | tuple[str, ...],
+    kind: str,
+    views_per_image: int,
+    first_view: int = 0,
+    made_with: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of store.json."""
+    """The content of store.json. `made_with`: versions of the libraries that made the pixels; None for those here."""
     return {
         "first_view": first_view,
         "fingerprint": spec.fingerprint,
         "format_version": spec.format_version,
         "images": {"kind": kind, "location": location if isinstance(location, str) else list(location)},
-        "libraries": libraries(),
+        "libraries": made_with or libraries(),
         "spec": spec.to_json(),
         "views_per_image": views_per_image,
     }

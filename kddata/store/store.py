@@ -92,8 +92,12 @@ class LabelStore:
         kind: str,
         views_per_image: int,
         first_view: int = 0,
+        libraries: dict[str, str] | None = None,
     ) -> LabelStore:
         """A store to fill: a new one, or one that was begun equally, finished or not.
+
+        Args:
+            libraries: versions of those that made its pixels, where its rows come from another store.
 
         Raises StoreMismatchError, naming the field, for a store that was begun with other values, or a folder that
         holds something else. Nothing is overwritten.
@@ -106,7 +110,12 @@ class LabelStore:
             raise ConfigError("views.first is at least 0", actual=first_view)
         storage = open_storage(url)
         head = manifest.header(
-            spec, location=location, kind=kind, views_per_image=views_per_image, first_view=first_view
+            spec,
+            location=location,
+            kind=kind,
+            views_per_image=views_per_image,
+            first_view=first_view,
+            made_with=libraries,
         )
         stored = manifest.read_or_none(storage, HEADER)
         if stored is None:
@@ -141,6 +150,7 @@ class LabelStore:
         views_per_image: int,
         first_view: int = 0,
         names: Sequence[str],
+        libraries: dict[str, str] | None = None,
     ) -> LabelStore:
         """A committed store to add views or image shards to, filled like a new one; one already extended so, committed.
 
@@ -155,7 +165,12 @@ class LabelStore:
         storage = open_storage(url)
         base = manifest.load(storage)
         head = manifest.header(
-            spec, location=location, kind=kind, views_per_image=views_per_image, first_view=first_view
+            spec,
+            location=location,
+            kind=kind,
+            views_per_image=views_per_image,
+            first_view=first_view,
+            made_with=libraries,
         )
         may_change = {
             "images": {**base["images"], "location": head["images"]["location"]},
