@@ -17,7 +17,7 @@ import numpy as np
 from kddata.cards import differences
 from kddata.care.pixels import cut_again
 from kddata.errors import ConfigError, KddataError, StoreMismatchError
-from kddata.images import ImageSource, open_source
+from kddata.images import ImageSource, image_again, open_source
 from kddata.labelling import finish, hashed_by_draw, missing_units, require_distinct
 from kddata.store import LabelRows, LabelStore, Unit, driving
 from kddata.views import pixel_hash
@@ -76,7 +76,8 @@ def merge(out: str, stores: Sequence[str], *, images: str | Sequence[str] | None
             _index(merged, parts, names)
             for unit in missing_units(merged):
                 rows, bad = _rows(merged, unit, parts, source)
-                merged.write_unit(unit, [rows], bad=bad)
+                again = image_again(source, merged.images[unit.shard].name)
+                merged.write_unit(unit, [rows], bad=bad, image_bytes=again)
                 driver.check()
             finish(merged, limit=1.0)
     return merged

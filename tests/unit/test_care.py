@@ -81,6 +81,16 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+FORMS = [
+    {"codec": "exact"},
+    {"codec": "compact"},
+    {"codec": "exact", "format": "tar"},
+    {"codec": "compact", "format": "tar+images"},
+    {"plan": ViewPlan(seed=3, policy="color", mix="cutmix")},
+]
+in_every_form = pytest.mark.parametrize("form", FORMS, ids=["exact", "compact", "tar", "compact-tar-images", "cutmix"])
+
+
 # -- repair -----------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +122,22 @@ def test_much_damage_at_once_is_repaired_and_sound_files_are_not_touched(images:
     (store / "notes.txt").unlink()
     assert contents(store) == whole
     assert repair(job(images, store)).files == ()
+
+
+@in_every_form
+def test_every_form_of_store_is_repaired_and_extended(images: Path, tmp_path: Path, form: dict[str, object]) -> None:
+    root = tmp_path / "store"
+    label_store(job(images, root, **form))
+    larger = job(images, root, views_per_image=6, **form)
+    label_store(larger, extend=True)
+    whole = contents(root)
+    shards = [name for name in whole if name.startswith("labels/")]
+    for name in (shards[0], shards[-1]):
+        flip(root / name)
+    assert repair(larger).files == (shards[0], shards[-1])
+    assert contents(root) == whole
+    assert check_pixels(LabelStore.open(str(root))) == []
+    assert audit(LabelStore.open(str(root)), load_job_teacher(larger), views=20).faults == ()
 
 
 def test_images_may_have_moved_when_a_store_is_repaired(images: Path, store: Path, tmp_path: Path) -> None:
@@ -241,12 +267,11 @@ def same_but_for_sums(one: Path, other: Path) -> None:
     assert a == b
 
 
-@pytest.mark.parametrize("codec", ["exact", "compact"])
-@pytest.mark.parametrize("unit_views", [None, 3])
+@in_every_form
 def test_stores_of_disjoint_views_become_the_store_labelled_at_once(
-    images: Path, tmp_path: Path, unit_views: int | None, codec: str
+    images: Path, tmp_path: Path, form: dict[str, object]
 ) -> None:
-    form = {"unit_views": unit_views, "codec": codec}
+    form = {"unit_views": 3, **form}
     label_store(job(images, tmp_path / "once", views_per_image=9, **form))
     label_store(job(images, tmp_path / "a", views_per_image=3, **form))
     label_store(job(images, tmp_path / "b", views_per_image=6, first_view=3, **form))
@@ -257,12 +282,14 @@ def test_stores_of_disjoint_views_become_the_store_labelled_at_once(
     assert (contents(tmp_path / "a"), contents(tmp_path / "b")) == before
 
 
-@pytest.mark.parametrize("codec", ["exact", "compact"])
-def test_stores_of_disjoint_shards_become_the_store_labelled_at_once(images: Path, tmp_path: Path, codec: str) -> None:
+@in_every_form
+def test_stores_of_disjoint_shards_become_the_store_labelled_at_once(
+    images: Path, tmp_path: Path, form: dict[str, object]
+) -> None:
     both = ("{00000..00001}", "{00002..00004}")
-    label_store(job(images, tmp_path / "once", codec=codec, shards=both))
+    label_store(job(images, tmp_path / "once", shards=both, **form))
     for name, shards in zip("ab", both, strict=True):
-        label_store(job(images, tmp_path / name, codec=codec, shards=shards))
+        label_store(job(images, tmp_path / name, shards=shards, **form))
     merge(str(tmp_path / "merged"), [str(tmp_path / "a"), str(tmp_path / "b")])
     same_but_for_sums(tmp_path / "merged", tmp_path / "once")
     assert check_pixels(LabelStore.open(str(tmp_path / "merged"))) == []
@@ -270,14 +297,17 @@ def test_stores_of_disjoint_shards_become_the_store_labelled_at_once(images: Pat
     assert merge(str(tmp_path / "merged"), [str(tmp_path / "a"), str(tmp_path / "b")]).num_rows == 15 * 4
 
 
-def test_views_that_were_cut_at_other_places_are_cut_as_at_once(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit_views", [None, 3])
+def test_views_that_were_cut_at_other_places_are_cut_as_at_once(
+    images: Path, tmp_path: Path, unit_views: int | None
+) -> None:
     for name, first, views in (("a", 0, 4), ("b", 4, 1), ("c", 5, 4)):
-        label_store(job(images, tmp_path / name, views_per_image=views, first_view=first, unit_views=3))
+        label_store(job(images, tmp_path / name, views_per_image=views, first_view=first, unit_views=unit_views))
     merged = merge(str(tmp_path / "merged"), [str(tmp_path / name) for name in "cab"])
-    label_store(job(images, tmp_path / "once", views_per_image=9, unit_views=3))
+    label_store(job(images, tmp_path / "once", views_per_image=9, unit_views=unit_views))
     same_but_for_sums(tmp_path / "merged", tmp_path / "once")
     assert (verify_store(merged.url), check_pixels(merged)) == ([], [])
-    larger = job(images, tmp_path / "merged", views_per_image=10, unit_views=3)
+    larger = job(images, tmp_path / "merged", views_per_image=10, unit_views=unit_views)
     label_store(larger, extend=True)
     (tmp_path / "merged/labels/000004.arrow").unlink()
     assert repair(larger).left == ()
