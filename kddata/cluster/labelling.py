@@ -8,7 +8,6 @@ store. Trade-off: decoding shares a node with the teacher it feeds.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
@@ -26,10 +25,10 @@ from kddata import labelling
 from kddata.cards import TeacherCard
 from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected
-from kddata.errors import KddataError, StoreMissingError
+from kddata.errors import KddataError
 from kddata.images import open_source
 from kddata.labelling import Labelled, LabellingJob
-from kddata.store import LabelStore, Receipt, Unit
+from kddata.store import LabelStore, Receipt, Unit, driving, require_free
 from kddata.teacher import Answers
 
 WINDOW_UNITS = 4096
@@ -69,26 +68,28 @@ def label(
     Raises ResourceError where the cluster has no room, ConfigError where its nodes would not see one store or source,
     and what `labelling.label_store` raises. Whatever ends it, the same call goes on from there.
     """
-    with contextlib.suppress(StoreMissingError):
-        LabelStore.open(job.store)  # finished: Ray need not start to see whether it is the one that is asked for
-        if not extend:
-            return Labelled(store=labelling.prepare(job), new_units=0)
+    if not extend and labelling.is_tidy(job.store):  # Ray need not start to see whether it is the one that is asked for
+        return Labelled(store=labelling.prepare(job), new_units=0)
+    require_free(job.store)  # and not to see that another driver is at work
     with connected():
         require_shared({"images": job.images, "store": job.store, "teacher.weights": job.teacher.weights})
         require_room("teachers", teachers, cpus=job.threads, gpus=gpus_per_teacher, key="cluster.teachers")
-        store = labelling.prepare(job, extend=extend)
-        if store.manifest is not None:
-            return Labelled(store=store, new_units=0)
-        units, tally = labelling.missing_units(store), _Tally(store)
-        labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
-        on_standing(tally.standing())
-        for start in range(0, len(units), window_units):
-            window = units[start : start + window_units]
-            for receipt in _label_units(job, store, window, teachers=teachers, gpus=gpus_per_teacher):
-                tally.add(receipt)
-                on_standing(tally.standing())
-                labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
-        labelling.finish(store, limit=job.bad_images)
+        with driving(job.store) as driver:
+            store = labelling.prepare(job, extend=extend)
+            if store.manifest is not None:
+                store.commit()  # an earlier driver may have died while it tidied up
+                return Labelled(store=store, new_units=0)
+            units, tally = labelling.missing_units(store), _Tally(store)
+            labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
+            on_standing(tally.standing())
+            for start in range(0, len(units), window_units):
+                window = units[start : start + window_units]
+                for receipt in _label_units(job, store, window, teachers=teachers, gpus=gpus_per_teacher):
+                    tally.add(receipt)
+                    on_standing(tally.standing())
+                    labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
+                    driver.check()
+            labelling.finish(store, limit=job.bad_images)
     return Labelled(store=store, new_units=len(units))
 
 

@@ -73,7 +73,12 @@ class Driver:
         self._token = secrets.token_hex(8)
         self._value = {**_here(), "beat": 0, "token": self._token}
         self._lost = False
-        self._number = self._acquire(lease_s)
+        _held.add(self._token)
+        try:
+            self._number = self._acquire(lease_s)
+        except BaseException:
+            _held.discard(self._token)
+            raise
 
     def check(self) -> None:
         """Raises StoreBusyError where another driver has taken over, as this one gave no sign of life for a lease."""
@@ -112,12 +117,10 @@ class Driver:
             if data is not None:
                 _log.warning("%s: taking over from %s, which is gone", self._storage.url, _name(data))
             self._number = number + 1
-            _held.add(self._token)
             if self._storage.create(_file(self._number), seal(self._value)):
                 if self._mine():
                     return self._number
                 self._storage.remove(_file(self._number))
-            _held.discard(self._token)
 
     def _mine(self) -> bool:
         """Whether the newest lock is this driver's."""

@@ -59,7 +59,8 @@ class S3Storage:
         return self._patiently(folder, lambda _: relative_sizes(self._fs, self._root, folder))
 
     def read(self, name: str) -> bytes:
-        return self._patiently(name, lambda _: self._fs.cat_file(self._path(name)))
+        # One stream and one request: with more, s3fs asks for the size first, and nearly all files are small.
+        return self._patiently(name, lambda _: self._fs.cat_file(self._path(name), max_concurrency=1))
 
     def chunks(self, name: str) -> Iterator[bytes]:
         size = self._patiently(name, lambda _: self._fs.info(self._path(name))["size"])
@@ -81,7 +82,7 @@ class S3Storage:
             if not failures:
                 return False
             # An earlier try may have been done though its answer was lost, or done in part.
-            found = self._fs.cat_file(path)
+            found = self._fs.cat_file(path, max_concurrency=1)
             if found != data and data.startswith(found):
                 self._fs.pipe_file(path, data)
                 return True
