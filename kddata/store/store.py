@@ -24,7 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kddata.cards import StoreSpec
-from kddata.errors import ConfigError, StoreDamagedError, StoreError, StoreMismatchError, StoreMissingError
+from kddata.errors import (
+    ConfigError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreError,
+    StoreMismatchError,
+    StoreMissingError,
+)
 from kddata.store import arrow, columns, formats, manifest
 from kddata.store.lock import LOCK
 from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
@@ -357,9 +364,14 @@ class LabelStore:
         name = manifest.receipt_name(unit.number)
         if manifest.read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
-        receipt = self._write_labels(unit, rows, bad, image_bytes)
+        try:
+            receipt = self._write_labels(unit, rows, bad, image_bytes)
+        except _FinishedMeanwhileError:
+            return self._receipt(unit.number)
         if not self.storage.create(name, manifest.receipt_bytes(receipt)):
             return self._receipt(unit.number)
+        if self._is_committed_elsewhere():
+            self.storage.remove(name)  # it came too late for the manifest, and is of a shard that is in it
         return receipt
 
     def restore_unit(
@@ -394,6 +406,8 @@ class LabelStore:
             formats.write_labels(out, self.spec, unit, batches, on_stored=tally.count, image_bytes=image_bytes)
             tally.close(bad)
             _require_sha256(out.sha256, wanted, where=f"{self.url}/{name}")
+            if wanted is None:
+                self._require_unfinished(unit)
         return Receipt(
             unit=unit.number,
             fingerprint=self.spec.fingerprint,
@@ -408,14 +422,33 @@ class LabelStore:
             tail_sum=tally.tail_sum,
         )
 
+    def _require_unfinished(self, unit: Unit) -> None:
+        """Raises where another has finished a unit, or the store, while this process slept: its shard stays then."""
+        if self._is_committed_elsewhere():
+            raise StoreBusyError(
+                "a store has one driver",
+                actual="another driver has finished it meanwhile",
+                where=self.url,
+                fix="nothing is lost; the same command says that it is finished",
+            )
+        if manifest.read_or_none(self.storage, manifest.receipt_name(unit.number)) is not None:
+            raise _FinishedMeanwhileError
+
+    def _is_committed_elsewhere(self) -> bool:
+        return manifest.read_or_none(self.storage, manifest.manifest_name(self._generation)) is not None
+
+    @property
+    def _generation(self) -> int:
+        """Of the manifest that this store is to be committed by."""
+        return 1 if self._base is None else self._base["generation"] + 1
+
     def commit(self) -> dict[str, Any]:
         """Publishes the manifest, removes what it replaces, and returns it. Calling it again does nothing more.
 
         Raises StoreMissingError unless every unit is finished, and StoreDamagedError where a finished shard is gone.
         """
         if self.manifest is None:
-            generation = 1 if self._base is None else self._base["generation"] + 1
-            if manifest.read_or_none(self.storage, manifest.manifest_name(generation)) is None:
+            if not self._is_committed_elsewhere():
                 manifest.publish(self.storage, self._fold())
             self.manifest = manifest.load(self.storage)
             self._units = self._images = self._base = None
@@ -566,6 +599,10 @@ class LabelStore:
         name = manifest.receipt_name(unit)
         data = self.storage.read(name)
         return manifest.parse_receipt(data, unit=unit, fingerprint=self.spec.fingerprint, where=f"{self.url}/{name}")
+
+
+class _FinishedMeanwhileError(Exception):
+    """Another writer has finished a unit first."""
 
 
 def _read_checked(storage: Storage, name: str, sha256: str | None) -> bytes:
