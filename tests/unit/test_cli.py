@@ -21,7 +21,7 @@ from kddata.labelling import LabellingJob, label_store
 from kddata.testing import encode, fake_teacher_args, make_images, make_store, small_image, write_tar
 from kddata.views import ViewPlan, pixel_hash
 
-COMMANDS = ("pack", "label", "train", "inspect", "verify", "show")
+COMMANDS = ("pack", "label", "extend", "train", "inspect", "verify", "repair", "gc", "merge", "audit", "show")
 
 
 def call(*arguments: object) -> Result:
@@ -98,6 +98,105 @@ def test_verify_is_silent_about_a_sound_store_and_names_damage(store: Path, tmp_
     assert "error: a store is as it was written; got 2 problems" in damaged.stderr
     problems = json.loads(call("verify", copy, "--json").stdout)
     assert [problem["file"] for problem in problems] == ["index/00000.arrow", "labels/000001.arrow"]
+
+
+JOB = """
+images: {images}
+store: {store}
+teacher: {{arch: "python:kddata.testing:fake_network", num_classes: 10, size_px: 16, mean: [0, 0, 0], std: [1, 1, 1]}}
+views: {{per_image: 3}}
+labels: {{k: 3}}
+limits: {{bad_images: 0.5}}
+"""
+
+
+@pytest.fixture
+def cared(store: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the store, and the job file that it was labelled by."""
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    file = tmp_path / "job.yaml"
+    file.write_text(JOB.format(images=store.parent / "images", store=copy))
+    return copy, file
+
+
+def test_repair_makes_damaged_files_again_and_says_which(cared: tuple[Path, Path], store: Path) -> None:
+    copy, file = cared
+    (copy / "labels/000001.arrow").unlink()
+    (copy / "index/00000.arrow").write_bytes(b"")
+    (copy / "stray").write_bytes(b"x")
+    refused = call("repair", file, "labels.k=4")
+    assert (refused.exit_code, refused.stdout) == (5, "")
+    assert "k: stored 3, asked 4" in refused.stderr
+    done = call("repair", file)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines() == [
+        "index/00000.arrow: made again",
+        "labels/000001.arrow: made again",
+        "stray: extra: no part of the store",
+    ]
+    for name in ("labels/000001.arrow", "index/00000.arrow"):
+        assert (copy / name).read_bytes() == (store / name).read_bytes()
+    assert call("repair", file).stdout.splitlines()[0] == f"{copy}: no file is damaged"
+
+
+def test_gc_lists_strays_and_removes_them(cared: tuple[Path, Path]) -> None:
+    copy, _ = cared
+    (copy / "labels/000077.arrow").write_bytes(b"123")
+    line = "labels/000077.arrow: no manifest names it, 3 B"
+    listed = call("gc", copy, "--dry-run")
+    assert (listed.exit_code, listed.stdout) == (0, f"{line}\n{copy}: 1 files, 3 B would be removed\n")
+    assert call("gc", copy).stdout == f"{line}\n{copy}: 1 files, 3 B removed\n"
+    assert json.loads(call("gc", copy, "--json").stdout) == []
+    assert call("verify", copy).exit_code == 0
+
+
+def test_merge_joins_stores_and_names_what_differs(store: Path, tmp_path: Path) -> None:
+    job = LabellingJob(
+        images=str(store.parent / "images"),
+        store=str(tmp_path / "more"),
+        teacher=fake_teacher_args(),
+        plan=ViewPlan(),
+        views_per_image=2,
+        first_view=3,
+        k=3,
+        bad_images=0.5,
+    )
+    label_store(job)
+    done = call("merge", tmp_path / "all", store, tmp_path / "more")
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path}/all: 60 views, in 3 units of 2 stores\n")
+    assert call("verify", tmp_path / "all", "--pixels").exit_code == 0
+    refused = call("merge", tmp_path / "none", store, tmp_path / "all")
+    assert refused.exit_code == 5
+    assert "views 0 to 2 and 0 to 4" in refused.stderr
+
+
+def test_verify_pixels_names_views_that_cannot_be_replayed(store: Path, tmp_path: Path) -> None:
+    sound = call("verify", store, "--pixels")
+    assert (sound.exit_code, sound.stdout) == (0, f"{store}: every file is as it was written, every hashed view too\n")
+    moved = shutil.copytree(store.parent / "images", tmp_path / "moved")
+    data = bytearray((moved / "00000.tar").read_bytes())
+    data[data.index(b"image-00000.jpg") + 512 + 200] ^= 1
+    (moved / "00000.tar").write_bytes(data)
+    changed = call("verify", store, "--pixels", "--images", moved)
+    assert changed.exit_code == 5
+    assert re.search(r"^labels/000000.arrow: \d of \d hashed views .* other bytes under 'image-00000'", changed.stdout)
+
+
+def test_audit_passes_and_fails_by_thresholds(cared: tuple[Path, Path]) -> None:
+    copy, file = cared
+    done = call("audit", copy, "--job", file, "--views", 20)
+    assert done.exit_code == 0
+    assert re.search(
+        r"^asked again  20 views: top-1 as stored 100.00%, KL mean \S+, largest \S+ nats$", done.stdout, re.M
+    )
+    assert "bad images   1 of 13" in done.stdout
+    assert "verdict      nothing past its threshold" in done.stdout
+    assert json.loads(call("audit", copy, "--json").stdout)["faults"] == []
+    failed = call("audit", copy, "--max-bad", 0.01, "--min-accuracy", 1)
+    assert failed.exit_code == 5
+    assert "1 of 13 images are bad, more than 0.01 of them" in failed.stderr
+    file.write_text(file.read_text().replace("std: [1, 1, 1]", "std: [2, 1, 1]"))
+    assert "teacher.std is (2.0, 1.0, 1.0), in the store" in call("audit", copy, "--job", file).stderr
 
 
 def test_show_draws_a_picture_of_the_views(store: Path, tmp_path: Path) -> None:
