@@ -88,7 +88,7 @@ class LocalStorage:
                 self._disk.remove_folder(self._root / folder)
             except FileNotFoundError:  # another has removed it
                 return
-            self._disk.sync_folder(self._root)
+            self._disk.sync_folder((self._root / folder).parent)
 
     @contextmanager
     def _temporary(self, path: Path) -> Iterator[tuple[Path, IO[bytes]]]:

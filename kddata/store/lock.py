@@ -108,6 +108,9 @@ class Driver:
         if not self._lost and self._mine():
             for number in range(self._number, 0, -1):  # falling, so that no gap hides a later one
                 self._storage.remove(_file(number))
+            if not self._storage.sizes():  # a refused job leaves no folder behind that was made for its lock alone
+                with suppress(OSError):  # another driver has come meanwhile
+                    self._storage.remove_folder("")
 
     def _acquire(self, lease_s: float) -> int:
         while True:
