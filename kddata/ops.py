@@ -2,9 +2,9 @@
 
 An op is a versioned name and its magnitudes, such as ("brightness/1", (1.25,)). All arithmetic on pixels is on
 integers, so that equal arguments give equal bits on every machine; magnitudes are multiples of 2^-16, so that they lose
-nothing as text. Places are fractions of the view, so that views of every size share an op. A change of what a name
-computes is a new version beside the old one. Trade-off: shapes are sampled to the nearest pixel, which is exact and
-quick, and not smooth.
+nothing as text or float32, and most are drawn in steps of 1/256, which a store packs well. Places are fractions of the
+view, so that views of every size share an op. A change of what a name computes is a new version beside the old one.
+Trade-off: shapes are sampled to the nearest pixel, which is exact and quick, and not smooth.
 
 Shapes: S side of a view in pixels.
 """
@@ -24,6 +24,7 @@ Random = Callable[[], float]
 
 STEPS = 1 << 16
 _HALF = STEPS // 2
+_DRAWN = 256  # steps of a place, a share or a strength that is drawn
 _FILL = 128  # grey, where there is no pixel
 _MOST = 16.0  # size of a magnitude; products stay within 32 bits
 _JITTER, _HUE_TURNS = 0.4, 0.1
@@ -40,18 +41,29 @@ def apply(pixels_u8_3SS: Tensor, ops: tuple[Op, ...]) -> Tensor:
 
 
 def check(name: str, magnitudes: tuple[float, ...]) -> None:
-    """Raises ValueError unless this library has the op, with so many magnitudes, and they are within bounds."""
+    """Raises ValueError unless this library has the op, with so many magnitudes of the kind that it takes."""
     if name not in _OPS:
         raise ValueError(f"ops of a view are among {', '.join(_OPS)}; got {name!r}")
-    if len(magnitudes) != _OPS[name].num_magnitudes or not all(abs(x) <= _MOST for x in magnitudes):
+    count = _OPS[name].num_magnitudes
+    if len(magnitudes) != count or not all(abs(x) <= _MOST and is_magnitude(x) for x in magnitudes):
         raise ValueError(
-            f"{name} has {_OPS[name].num_magnitudes} magnitudes of at most {_MOST:g}; got {list(magnitudes)}"
+            f"{name} has {count} magnitudes, multiples of 2^-16 of at most {_MOST:g}; got {list(magnitudes)}"
         )
 
 
-def round_magnitude(x: float) -> float:
-    """The nearest multiple of 2^-16."""
-    return round(x * STEPS) / STEPS
+def round_magnitude(x: float, steps: int = STEPS) -> float:
+    """The nearest multiple of 1 / steps."""
+    return round(x * steps) / steps
+
+
+def is_magnitude(x: float) -> bool:
+    """Whether a finite number is a multiple of 2^-16."""
+    return (x * STEPS).is_integer()
+
+
+def draw_share(random: Random) -> float:
+    """A multiple of 1/256 from 0 to 1."""
+    return round_magnitude(random(), _DRAWN)
 
 
 # -- what is drawn ----------------------------------------------------------------------------------------------------
@@ -104,8 +116,9 @@ def draw_erase(random: Random) -> Op:
 
 def draw_box(height: float, width: float, random: Random) -> tuple[float, float, float, float]:
     """(top, left, height, width) of a rectangle placed evenly inside the view, as fractions of it."""
-    height, width = round_magnitude(min(1.0, height)), round_magnitude(min(1.0, width))
-    return round_magnitude(random() * (1 - height)), round_magnitude(random() * (1 - width)), height, width
+    height, width = (round_magnitude(min(1.0, x), _DRAWN) for x in (height, width))
+    top, left = (round_magnitude(random() * (1 - x), _DRAWN) for x in (height, width))
+    return top, left, height, width
 
 
 def _op(name: str, *magnitudes: float) -> Op:
@@ -113,7 +126,7 @@ def _op(name: str, *magnitudes: float) -> Op:
 
 
 def _signed(random: Random) -> float:
-    return 2 * random() - 1
+    return 2 * draw_share(random) - 1
 
 
 def _hue(turns: float) -> Op:

@@ -53,8 +53,8 @@ class Mix:
     def __post_init__(self) -> None:
         if self.kind not in ("mixup", "cutmix") or (self.kind == "cutmix") != (self.box is not None):
             raise ValueError(f"a mix is mixup, or cutmix with a box; got {self.kind!r} with box {self.box}")
-        if not 0 <= self.lam <= 1 or not all(0 <= x <= 1 for x in self.box or ()):
-            raise ValueError(f"lam and the box of a mix are between 0 and 1; got {self.lam} and {self.box}")
+        if not all(0 <= x <= 1 and ops.is_magnitude(x) for x in (self.lam, *(self.box or ()))):
+            raise ValueError(f"lam and box of a mix are multiples of 2^-16 from 0 to 1; got {self.lam} and {self.box}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class ViewPlan:
         random = rng.stream(self.seed, "mix", self.version, image_id, view_index).random
         step = 1 + int(random() * (len(unit_image_ids) - 1))
         partner = unit_image_ids[(unit_image_ids.index(image_id) + step) % len(unit_image_ids)]
-        lam, box = ops.round_magnitude(random()), None
+        lam, box = ops.draw_share(random), None
         if self.mix == "cutmix":  # Yun et al., arXiv 1905.04899, with the box placed inside
             box = ops.draw_box(math.sqrt(1 - lam), math.sqrt(1 - lam), random)
             lam = 1 - box[2] * box[3]

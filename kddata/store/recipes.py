@@ -1,7 +1,7 @@
 """Recipes: the ops and mixes of views as Arrow columns. A shard has them only where its plan draws any. Pure functions.
 
 `ops` is a list of (name, magnitudes) for each view; `mix` is null for a view that is not mixed. The compact codec,
-whose record is an image, nests each of them in a list of its views.
+whose record is an image, nests each of them in a list of its views. All their numbers are exact in float32.
 
 Letters: B rows, V views of an image.
 """
@@ -23,7 +23,7 @@ _OPS = pa.list_(
     pa.struct(
         [
             pa.field("name", pa.string(), nullable=False),
-            pa.field("magnitudes", pa.list_(pa.float64()), nullable=False),
+            pa.field("magnitudes", pa.list_(pa.float32()), nullable=False),
         ]
     )
 )
@@ -32,8 +32,8 @@ _MIX = pa.struct(
         pa.field("kind", pa.string(), nullable=False),
         pa.field("partner", pa.string(), nullable=False),
         pa.field("partner_view", pa.int32(), nullable=False),
-        pa.field("lam", pa.float64(), nullable=False),
-        pa.field("box", pa.list_(pa.float64())),
+        pa.field("lam", pa.float32(), nullable=False),
+        pa.field("box", pa.list_(pa.float32())),
     ]
 )
 
