@@ -24,18 +24,25 @@ def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_
     from kddata.cluster import labelling
 
     with Bar("labelling", unit="views") as bar:
+        last: list[labelling.Standing] = []
 
         def show(now: labelling.Standing) -> None:
+            last[:] = [now]
             right = f", teacher right {now.correct / now.labelled:.1%}" if now.labelled else ""
             bar.update(now.views, now.total_views, note=f"{now.bad_images} bad images{right}")
 
-        done = labelling.label(
-            job,
-            teachers=file.cluster.teachers,
-            gpus_per_teacher=file.cluster.gpus_per_teacher,
-            extend=extend,
-            on_standing=show,
-        )
+        try:
+            done = labelling.label(
+                job,
+                teachers=file.cluster.teachers,
+                gpus_per_teacher=file.cluster.gpus_per_teacher,
+                extend=extend,
+                on_standing=show,
+            )
+        except BaseException:  # an error, ctrl-C or SIGTERM: it is told what it did not take
+            if last:
+                bar.note(f"{last[0].views:,} of {last[0].total_views:,} views are finished and kept")
+            raise
     info = done.store.info()
     if as_json:
         say(json.dumps({"new_units": done.new_units, **info}))

@@ -65,6 +65,10 @@ class Bar:
             self._last_line = now
             self._console.print(f"{self._what}: {text}", soft_wrap=True, markup=False)
 
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self._console.print(f"{self._what}: {text}", soft_wrap=True, markup=False)
+
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of results on stdout."""

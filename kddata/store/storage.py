@@ -85,8 +85,11 @@ def open_storage(url: str) -> Storage:
 def require_create_once(storage: Storage) -> None:
     """Raises StoreError where a second writer of a name would win too: some S3 servers ignore conditions."""
     name = f".tmp-{secrets.token_hex(8)}"
-    once = storage.create(name, b"1") and not storage.create(name, b"2")
-    storage.remove(name)
+    once = storage.create(name, b"1")
+    try:
+        once = once and not storage.create(name, b"2")
+    finally:
+        storage.remove(name)
     if not once:
         raise StoreError(
             "a store lies where a file can be created once (put-if-absent)",

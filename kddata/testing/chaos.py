@@ -35,9 +35,10 @@ from kddata.store.steps import faults
 from kddata.testing import fake_teacher_args
 from kddata.views import ViewPlan
 
-Mode = Literal["kill before", "kill after", "tear and kill", "raise", "tear", "lose", "delay"]
+Mode = Literal["kill before", "kill after", "tear and kill", "raise", "tear", "lose", "delay", "full"]
 MODES: tuple[Mode, ...] = ("kill before", "kill after", "tear and kill", "raise", "tear", "lose", "delay")
 _DELAY_S = 0.002
+_GROWING = ("write", "flush", "sync", "make_folder", "pipe_file", "put_file")
 _WRITES = ("write", "pipe_file", "put_file")
 
 
@@ -76,7 +77,8 @@ class Fault:
 
     kill before, kill after: the process ends, with the step not done or done. tear and kill: half a write is done.
     raise: an error instead of the step. tear: half a write is done, then an error. lose: done, but an error is raised.
-    delay: late. Steps that write nothing cannot tear; they are not done.
+    delay: late. full: the disk has no room; other steps than those that
+    need some are done. Steps that write nothing cannot tear; they are not done.
     """
 
     at: int
@@ -121,6 +123,8 @@ class Chaos:
             number = len(self.steps)
             self.steps.append(f"{name} {_subject(args)}")
         mode = self._mode_of(number)
+        if mode == "full" and name not in _GROWING:
+            mode = None
         if mode == "delay":
             time.sleep(_DELAY_S)
         if mode in ("tear", "tear and kill") and name in _WRITES:
@@ -133,6 +137,8 @@ class Chaos:
             if mode in ("kill before", "kill after", "tear and kill"):
                 self._dead = True
                 self._end()
+        if mode == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if mode in ("raise", "tear", "lose"):
             raise OSError(errno.EIO, f"planned at step {number}: {self.steps[number]}")
         return result

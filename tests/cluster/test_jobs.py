@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -77,6 +78,7 @@ def test_alone_stopped_by_ctrl_c_and_started_again(
         first.kill()
     assert (first.returncode, out) == (130, ""), err
     assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert re.search(r"labelling: \d+ of 48 views are finished and kept", err)
     assert "Traceback" not in err
     assert not (store / "manifest-000001.json").exists()
 

@@ -6,6 +6,8 @@ What chaos does and counts is in kddata.testing.chaos; longer forms of these tes
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,35 @@ def test_a_network_that_is_down_ends_in_one_clear_error(bucket: str, run: SmallR
     assert url in str(caught.value)
     run(url)
     assert chaos.contents(url) == chaos.contents(chaos.undisturbed(run, f"memory://{url[5:]}"))
+
+
+def test_a_disk_that_fills_up_is_said_and_gone_on_from(run: SmallRun, tmp_path: Path) -> None:
+    wanted = chaos.contents(chaos.undisturbed(run, str(tmp_path / "wanted")))
+    steps = chaos.count_steps(run, str(tmp_path / "counted"))
+    places = [at for at, step in enumerate(steps) if step.split()[0] in ("write", "flush", "sync", "make_folder")]
+    for at in places[::7]:
+        url = str(tmp_path / f"full-{at}")
+        with (
+            pytest.raises(StoreError, match=r"disk has room; got No space left.*free some space.*units are kept"),
+            faults(Chaos(lambda number, at=at: "full" if number >= at else None)),  # type: ignore[misc]
+        ):
+            run(url)
+        assert not [name for name in chaos.contents(url) if ".tmp" in name], "no half a file is left"
+        run(url)
+        assert chaos.contents(url) == wanted
+
+
+def test_a_disk_that_is_truly_full(run: SmallRun, tmp_path: Path) -> None:
+    """No file may grow past 3 kB, which the records fit in and label shards do not."""
+    code = "import resource, sys; from kddata.testing.chaos import SmallRun; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); {run!r}(sys.argv[1])"
+    url = str(tmp_path / "labels")
+    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True)
+    assert "StoreError: a store's disk has room; got File too large" in done.stderr
+    assert "store.json" in chaos.contents(url)
+    assert not [name for name in chaos.contents(url) if ".tmp" in name or name.startswith("lock")]
+    run(url)
+    assert chaos.contents(url) == chaos.contents(chaos.undisturbed(run, str(tmp_path / "wanted")))
 
 
 # -- the harness finds planted bugs -----------------------------------------------------------------------------------

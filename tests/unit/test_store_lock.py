@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kddata.errors import StoreBusyError, StoreMissingError
-from kddata.store import LabelStore, driving, lock, open_storage, require_free
+from kddata.store import Driver, LabelStore, driving, lock, open_storage, require_free
 from kddata.store.sealing import seal
 from kddata.testing import begin_small_store, chaos, made_up_rows, make_images, small_store
 from kddata.testing.chaos import SmallRun
@@ -111,6 +111,12 @@ def test_an_owner_elsewhere_is_dead_when_it_shows_no_life_for_a_lease(url: str) 
         thread.join()
 
 
+def check_for_a_while(driver: Driver) -> None:
+    for _ in range(400):
+        driver.check()
+        time.sleep(0.02)
+
+
 def test_a_driver_gives_signs_of_life_and_notices_that_it_was_taken_over(url: str) -> None:
     storage = open_storage(url)
     with driving(url, renew_s=0.05) as driver:
@@ -124,9 +130,7 @@ def test_a_driver_gives_signs_of_life_and_notices_that_it_was_taken_over(url: st
         driver.check()
         storage.create("lock-000002.json", owner(machine="another", host="far", pid=7))
         with pytest.raises(StoreBusyError, match="process 7 on far, which took over from this one"):
-            for _ in range(400):
-                driver.check()
-                time.sleep(0.02)
+            check_for_a_while(driver)
     assert "lock-000002.json" in storage.sizes(), "the lock of the new owner stays"
 
 
