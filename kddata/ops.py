@@ -51,6 +51,11 @@ def check(name: str, magnitudes: tuple[float, ...]) -> None:
         )
 
 
+def num_magnitudes(name: str) -> int:
+    """How many magnitudes an op has."""
+    return _OPS[name].num_magnitudes
+
+
 def round_magnitude(x: float, steps: int = STEPS) -> float:
     """The nearest multiple of 1 / steps."""
     return round(x * steps) / steps

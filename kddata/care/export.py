@@ -7,7 +7,7 @@ A row is one view of one image. Columns, in this order:
     log_tail                                  list: float32, one for each temperature that the file's metadata names
     top, left, height, width, flip            the crop, int32, in px of the image (or of the resized one); bool
     resize_height, resize_width               int32 or null: what the whole image is first resized to
-    ops, mix                                  where the plan draws any: list of (name, magnitudes); struct or null
+    ops, mix                                  where the plan draws any: names, and the magnitudes of all; or null
     image_shard, offset, length, image_hash   where the image lies: string, int64, int64, uint64
     pixel_hash                                uint64 or null
 
