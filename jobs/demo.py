@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kddata.console import Bar, exit_code, table
-from kddata.errors import ConfigError
+from kddata.errors import ConfigError, StoreMissingError
 
 if TYPE_CHECKING:  # at run time these arrive when they are needed: they take seconds
     from kddata.labelling import LabellingJob
@@ -58,6 +58,7 @@ CAVEATS = [
     "The teacher learned from {train_images:,} labelled images, the students see {labelled_images:,} of them. That is "
     "what a cache hands on, and what hard labels on the same views cannot.",
     "One seed. The intervals speak of these test images, not of other initial weights.",
+    "Speeds and times are of one run: whatever else the machine did meanwhile is in them.",
     "A teacher this small is cheap to ask again. The larger the teacher, the sooner a cache has paid for itself.",
 ]
 
@@ -95,7 +96,7 @@ def run(data: str | None, out: Path, scale: Scale, *, fresh: bool) -> None:
     """Does what is not done yet, and shows the result."""
     begin(out, scale, fresh=fresh)
     if (out / "result.json").exists():
-        print(f"{out} is finished already: nothing was done (--fresh starts again)")
+        print(f"{out} is finished already: nothing was done (--fresh, or make demo ARGS=--fresh, starts again)")
     else:
         get_images(data, out, scale)
         train_teacher(out, scale)
@@ -121,7 +122,8 @@ def begin(out: Path, scale: Scale, *, fresh: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if mark.exists() and mark.read_text() != wanted:
         raise ConfigError("a demo goes on as it began", actual="another scale", where=out, fix="add --fresh")
-    mark.write_text(wanted)
+    if not mark.exists():
+        mark.write_text(wanted)
 
 
 def get_images(data: str | None, out: Path, scale: Scale) -> None:
@@ -191,7 +193,11 @@ def labelling_job(out: Path, scale: Scale) -> LabellingJob:
 def label(out: Path, job: LabellingJob) -> None:
     """The store of a job, labelled by Ray actors: OUT/labels."""
     from kddata.cluster import labelling
+    from kddata.store import LabelStore
 
+    with contextlib.suppress(StoreMissingError):
+        LabelStore.open(job.store)
+        return
     with timed(out, "labels"), Bar("labelling views", unit="views") as bar:
         labelling.label(
             job,

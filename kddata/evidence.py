@@ -119,13 +119,18 @@ def gather(
 
 
 def samples(store: LabelStore, class_names: Sequence[str], *, most: int) -> list[Sample]:
-    """A few images of a store's first unit, evenly chosen, with all their views in it and what was said of each."""
+    """A few images of a store's first unit with all their views in it and what was said of each.
+
+    Those that the teacher was least sure of come first, then ever surer ones.
+    """
     rows, source = store.read(0), open_images(store)
     views: dict[str, list[int]] = {}
     for row, image_id in enumerate(rows.image_id):
         views.setdefault(image_id, []).append(row)
+    surest_p = rows.labels.log_p_BK[:, 0].exp().numpy()
+    by_doubt = sorted(views, key=lambda image_id: (float(surest_p[views[image_id]].mean()), image_id))
     found = []
-    for image_id in list(views)[:: max(1, len(views) // most)][:most]:
+    for image_id in dict.fromkeys(by_doubt[int(len(by_doubt) * (i / most) ** 3)] for i in range(most)):
         first = views[image_id][0]
         length, offset = int(rows.length[first]), int(rows.offset[first])
         ref = ImageRef(image_id=image_id, label=None, offset=offset, length=length)

@@ -70,8 +70,9 @@ def page(report: Report) -> str:
     ]
     if report.samples:
         about = (
-            "A few images of the store: the views that the teacher saw, cut again from the stored recipe, and the most "
-            "probable classes that it stored for each. The students see these very pixels."
+            "A few images of the store, from those that the teacher doubted most to surer ones: their views, cut again "
+            "from the stored recipes, and the most probable classes that were stored for each. Students see these very "
+            "pixels."
         )
         parts.append(_section("What the cache holds", f"<p>{about}</p>", *map(_sample, report.samples)))
     if report.caveats:

@@ -101,7 +101,7 @@ class Cost:
         """One plain sentence."""
         if self.break_even == math.inf:
             return "In this run the teacher in the loop was no slower, so the cache has not paid for itself."
-        students = max(1, math.ceil(self.break_even))
+        students = max(1, math.ceil(round(self.break_even, 1)))
         return (
             f"Labelling took {self.label_s:.0f} s, and each student saves {self.loop_s - self.cached_s:.0f} s: "
             f"the cache has paid for itself after {students} student{'s' * (students > 1)} ({self.break_even:.1f})."

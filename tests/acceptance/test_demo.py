@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import subprocess
 import sys
 import time
@@ -111,9 +110,7 @@ def test_a_lost_report_is_written_again_from_finished_work(done):
     (out / "result.json").unlink()
     assert demo("--small", "--data", data, "--out", out).returncode == 0
     assert [(out / "runs" / name / "model.safetensors").stat().st_mtime_ns for name in RUNS] == weights
-    assert json.loads((out / "result.json").read_text())["rows"] == json.loads(wanted["result.json"])["rows"]
-    numbers = re.compile(rb"<tr><td>seconds</td>.*?</tr>")
-    assert numbers.sub(b"", (out / "report.html").read_bytes()) == numbers.sub(b"", wanted["report.html"])
+    assert {name: (out / name).read_bytes() for name in wanted} == wanted
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(done, tmp_path):
