@@ -11,6 +11,7 @@ modelled; what is synced, and in which order, has a test of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -28,9 +29,9 @@ from typing import Any, Literal
 import torch
 
 from kddata import rng
-from kddata.errors import KddataError
+from kddata.errors import KddataError, StoreMissingError
 from kddata.labelling import LabellingJob, label_store
-from kddata.store import open_storage
+from kddata.store import LabelStore, open_storage
 from kddata.store.steps import faults
 from kddata.testing import fake_teacher_args
 from kddata.views import ViewPlan
@@ -49,10 +50,12 @@ class SmallRun:
     Attributes:
         images: as `make_images` gives them.
         unit_images: images of a unit.
+        extend: label one view of each image, then extend the finished store by another.
     """
 
     images: str
     unit_images: int = 2
+    extend: bool = False
 
     def __call__(self, url: str) -> None:
         job = LabellingJob(
@@ -64,7 +67,14 @@ class SmallRun:
             unit_images=self.unit_images,
             batch_size=self.unit_images,
         )
-        label_store(job)
+        if not self.extend:
+            label_store(job)
+            return
+        try:
+            LabelStore.open(url)
+        except StoreMissingError:
+            label_store(job)
+        label_store(dataclasses.replace(job, views_per_image=2), extend=True)
 
 
 class Died(BaseException):
