@@ -18,7 +18,7 @@ from kddata.cards import differences
 from kddata.care.pixels import cut_again
 from kddata.errors import ConfigError, KddataError, StoreMismatchError
 from kddata.images import ImageSource, image_again, open_source
-from kddata.labelling import finish, hashed_by_draw, missing_units, require_distinct
+from kddata.labelling import hashed_by_draw, missing_units, require_distinct
 from kddata.store import LabelRows, LabelStore, Unit, driving
 from kddata.views import pixel_hash
 
@@ -71,15 +71,16 @@ def merge(out: str, stores: Sequence[str], *, images: str | Sequence[str] | None
         views_per_image=views_per_image,
         first_view=opened[0].first_view,
     )
-    if merged.manifest is None:
+    if merged.manifest is None or merged.leftovers():  # left by a merge that died while it tidied up
         with driving(out) as driver:
-            _index(merged, parts, names)
-            for unit in missing_units(merged):
-                rows, bad = _rows(merged, unit, parts, source)
-                again = image_again(source, merged.images[unit.shard].name)
-                merged.write_unit(unit, [rows], bad=bad, image_bytes=again)
-                driver.check()
-            finish(merged, limit=1.0)
+            if merged.manifest is None:
+                _index(merged, parts, names)
+                for unit in missing_units(merged):
+                    rows, bad = _rows(merged, unit, parts, source)
+                    again = image_again(source, merged.images[unit.shard].name)
+                    merged.write_unit(unit, [rows], bad=bad, image_bytes=again)
+                    driver.check()
+            merged.commit()
     return merged
 
 
