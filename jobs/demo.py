@@ -58,9 +58,10 @@ CAVEATS = [
     "The teacher learned from {train_images:,} labelled images, the students see {labelled_images:,} of them. That is "
     "what a cache hands on, and what hard labels on the same views cannot.",
     "One seed. The intervals speak of these test images, not of other initial weights.",
-    "The students' recipe was chosen for distillation, by looking at these test images. At full scale, twice the learning "
-    "rate and a shorter warm-up were better for hard labels (87.5 % small ResNet, 86.5 % plain CNN, in one run) and worse "
-    "for cached ones (88.2 %, 87.5 %): with each at its better one, the gains are smaller than shown, about 1.5 points.",
+    "The students' recipe was chosen for distillation, by looking at these test images. At full scale, twice the "
+    "learning rate and a shorter warm-up were better for hard labels (87.5 % small ResNet, 86.5 % plain CNN, in one "
+    "run) and worse for cached ones (88.2 %, 87.5 %): with each at its better one, the gains are smaller than shown, "
+    "about 1.5 points.",
     "Speeds and times are of one run: whatever else the machine did meanwhile is in them.",
     "A teacher this small is cheap to ask again. The larger the teacher, the sooner a cache has paid for itself.",
 ]
