@@ -45,8 +45,9 @@ def label_unit(
 ) -> Receipt:
     """Labels one unit and publishes its shard; memory is bounded by two batches and one image, whatever the unit.
 
-    Each image is read and decoded once for all views of the unit, and again where it is a partner; see `mixing`. One
-    that cannot be used is left out and listed in the receipt with the reason.
+    Each image is read and decoded once for all views of the unit. Where views are mixed, it is read again as a partner,
+    and up to 256 MiB of decoded images are kept; see `mixing`. One that cannot be used is left out and listed in the
+    receipt with the reason.
 
     Args:
         restore: write the shard of a committed store again, if that gives the bytes that it had.

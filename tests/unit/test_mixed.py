@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kddata import errors, losses
+from kddata import care, errors, losses
 from kddata.images import decode, open_source
 from kddata.labelling import LabellingJob, label_store
 from kddata.order import Order
@@ -205,6 +205,37 @@ def test_an_op_of_a_newer_library_and_a_broken_mix_are_named(monkeypatch):
 def test_a_unit_of_one_image_is_unmixed(tmp_path):
     store = make_store(tmp_path, num_images=4, unit_images=1, plan=ViewPlan(mix="mixup"))
     assert all(mix is None for unit in store.units() for mix in store.read(unit.number).mix)
+
+
+def test_mixed_stores_are_extended_repaired_proven_and_audited(tmp_path):
+    job = LabellingJob(
+        images=make_images(tmp_path / "images", num_images=6, num_classes=10),
+        store=str(tmp_path / "grown"),
+        teacher=fake_teacher_args(),
+        plan=PLANS["cutmix"],
+        views_per_image=2,
+        unit_views=2,
+        k=3,
+    )
+    label_store(job)
+    job = dataclasses.replace(job, views_per_image=4)
+    grown = label_store(job, extend=True).store
+    whole = label_store(dataclasses.replace(job, store=str(tmp_path / "whole"))).store
+    hashes = [sorted(unit["sha256"] for unit in store.manifest["units"]) for store in (grown, whole)]
+    for unit in whole.units():
+        (same,) = [u for u in grown.units() if dataclasses.replace(u, number=unit.number) == unit]
+        found, wanted = grown.read(same.number), whole.read(unit.number)
+        assert [found.view_at(i) for i in range(len(found))] == [wanted.view_at(i) for i in range(len(wanted))]
+        assert torch.equal(found.labels.log_p_BK, wanted.labels.log_p_BK)
+    lost = tmp_path / "grown" / grown.manifest["units"][1]["file"]
+    lost.unlink()
+    assert list(care.repair(job).files) == [grown.manifest["units"][1]["file"]]
+    again = LabelStore.open(job.store)
+    assert sorted(unit["sha256"] for unit in again.manifest["units"]) == hashes[0]
+    assert again.verify() == []
+    assert care.check_pixels(again) == []
+    said = care.audit(again, fake_teacher(), views=24)
+    assert said.top1_match == 1.0
 
 
 def flat_net(num_classes: int) -> torch.nn.Module:
