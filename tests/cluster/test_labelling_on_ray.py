@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from kddata.cluster.labelling import Standing, label
-from kddata.errors import BadImageBudgetError, ResourceError, StoreMismatchError, TeacherError
+from kddata.errors import BadImageBudgetError, ResourceError, StoreBusyError, StoreMismatchError, TeacherError
 from kddata.labelling import LabellingJob, label_store
-from kddata.store import LabelStore
+from kddata.store import LabelStore, driving
 from kddata.teacher import TeacherArgs
 from kddata.testing import make_images, write_tar
 from kddata.views import ViewPlan
@@ -101,6 +108,44 @@ def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     assert len(killed) == 1
     assert done.new_units == 6
     assert files(done.store.url) == wanted
+
+
+def test_drivers_and_actors_killed_again_and_again_leave_no_trace(
+    expected: tuple[Path, dict[str, bytes]], kill_worker: Callable[[str], int], tmp_path: Path
+) -> None:
+    """Each driver is killed a little later than the one before; the next takes over its lock and its units."""
+    root, wanted = expected
+    chased = job(root, "chased")
+    (tmp_path / "job").write_bytes(pickle.dumps(chased))
+    code = "import pickle, sys; from kddata.cluster.labelling import label; label(pickle.load(open(sys.argv[1], 'rb')))"
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    store = Path(chased.store)
+    killed = []
+    for victim, done in (("actor", 1), ("driver", 2)):
+        driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job")], env=env, stderr=subprocess.PIPE)
+        try:
+            while driver.poll() is None and len(list(store.glob("receipts/*.json"))) < done:
+                time.sleep(0.02)
+            if victim == "actor":
+                killed.append(kill_worker("MapWorker"))
+        finally:
+            driver.kill()
+            _, err = driver.communicate()
+        assert driver.returncode == -signal.SIGKILL, err.decode()
+        killed.append(driver.pid)
+        assert not (store / "manifest-000001.json").exists()
+    assert len(killed) == 3
+    assert list(store.glob("lock-*.json")), "the last driver left its lock"
+    done = label(chased, teachers=1)
+    assert done.new_units <= 4
+    assert files(chased.store) == wanted
+
+
+def test_a_second_driver_is_told_before_ray_is_asked(expected: tuple[Path, dict[str, bytes]]) -> None:
+    root, _ = expected
+    taken = job(root, "taken")
+    with driving(taken.store), pytest.raises(StoreBusyError, match=f"got process {os.getpid()} on "):
+        label(taken)
 
 
 def test_an_error_for_users_comes_out_of_an_actor_as_it_was(expected: tuple[Path, dict[str, bytes]]) -> None:
