@@ -243,6 +243,47 @@ def test_a_unit_whose_images_are_all_bad_has_a_shard_without_rows(url):
     assert len(type(opened.read(0)).concat([opened.read(0), opened.read(2)])) == 4
 
 
+def test_an_extension_is_a_new_generation_beside_the_old_files(url):
+    begun = small_store(url)
+    before = _contents(url)
+    names = [shard.name for shard in begun.images]
+    arguments = {"spec": begun.spec, "location": "made up", "kind": "tar", "names": [*names, "00003.tar"]}
+
+    def extending(views_per_image=4):
+        store = LabelStore.extend(url, views_per_image=views_per_image, **arguments)
+        if store.manifest is None and 3 not in store.indexed_shards():
+            columns = {"ids": ["3/new"], "labels": [1], "offsets": [0], "lengths": [9]}
+            store.write_index(3, name="00003.tar", size_bytes=100, **columns)
+            store.finish_index(arguments["names"])
+        return store
+
+    store = extending()
+    assert [(unit.number, unit.shard, unit.view_start, unit.view_stop) for unit in store.units()] == [
+        (6, 0, 3, 4),
+        (7, 0, 3, 4),
+        (8, 2, 3, 4),
+        (9, 3, 0, 2),
+        (10, 3, 2, 4),
+    ]
+    _write(store, store.units()[1])
+    store = pickle.loads(pickle.dumps(extending()))  # in another process, after a stop
+    assert sorted(store.finished()) == [7]
+    assert LabelStore.open(url).num_rows == 27, "readers see the former generation until the next is whole"
+    with pytest.raises(errors.StoreMismatchError, match="views_per_image: stored 4, asked 5"):
+        extending(5)
+    for unit in store.units():
+        _write(store, unit)
+    store.commit()
+    after = _contents(url)
+    assert {name: after[name] for name in before} == before
+    opened = LabelStore.open(url)
+    assert (opened.num_rows, opened.views_per_image, opened.info()["generation"], opened.verify()) == (40, 4, 2, [])
+    for unit in opened.units():
+        _assert_rows_equal(opened.read(unit.number), made_up_rows(opened, unit))
+    assert extending().manifest == opened.manifest
+    assert _contents(url) == after
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
