@@ -11,7 +11,6 @@ modelled; what is synced, and in which order, has a test of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import os
@@ -29,9 +28,9 @@ from typing import Any, Literal
 import torch
 
 from kddata import rng
-from kddata.errors import KddataError, StoreMissingError
+from kddata.errors import KddataError
 from kddata.labelling import LabellingJob, label_store
-from kddata.store import LabelStore, open_storage
+from kddata.store import open_storage
 from kddata.store.steps import faults
 from kddata.testing import fake_teacher_args
 from kddata.views import ViewPlan
@@ -50,12 +49,10 @@ class SmallRun:
     Attributes:
         images: as `make_images` gives them.
         unit_images: images of a unit.
-        extend: label one view of each image, then extend the finished store by another.
     """
 
     images: str
     unit_images: int = 2
-    extend: bool = False
 
     def __call__(self, url: str) -> None:
         job = LabellingJob(
@@ -67,14 +64,7 @@ class SmallRun:
             unit_images=self.unit_images,
             batch_size=self.unit_images,
         )
-        if not self.extend:
-            label_store(job)
-            return
-        try:
-            LabelStore.open(url)
-        except StoreMissingError:
-            label_store(job)
-        label_store(dataclasses.replace(job, views_per_image=2), extend=True)
+        label_store(job)
 
 
 class Died(BaseException):

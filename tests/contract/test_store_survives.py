@@ -5,7 +5,6 @@ What chaos does and counts is in kddata.testing.chaos; longer forms of these tes
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import subprocess
 import sys
@@ -60,12 +59,6 @@ def test_killed_at_every_step_on_a_disk(run: SmallRun, tmp_path: Path) -> None:
 def test_struck_at_every_step_in_memory(run: SmallRun) -> None:
     modes: tuple[chaos.Mode, ...] = ("kill before", "kill after", "raise", "lose")
     assert list(complaints(run, f"memory://{uuid.uuid4().hex}", modes)) == []
-
-
-def test_struck_at_every_step_of_an_extension(run: SmallRun) -> None:
-    modes: tuple[chaos.Mode, ...] = ("kill after", "raise")
-    extended = dataclasses.replace(run, extend=True)
-    assert list(complaints(extended, f"memory://{uuid.uuid4().hex}", modes, rotate=True)) == []
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,156 @@
+"""Kills labelling actors and drivers on Ray at random moments, many times, and compares every byte of every store.
+
+    python benchmarks/chaos_ray.py                          # 50 kills, at most 10 minutes
+    python benchmarks/chaos_ray.py --kills 10 --minutes 3
+
+One Ray stands all the time. A driver labels; after a random while it, or one of its actors, is killed with SIGKILL, and
+a driver is started again when it was the victim. A finished store must equal, byte for byte, the one that a single
+process makes; then the next store is begun. Every kill is of a process that was seen alive and is seen gone. Results go
+to benchmarks/results/chaos_ray.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import ray
+from results import environment, write_results
+
+from kddata.labelling import LabellingJob, label_store
+from kddata.teacher import TeacherArgs
+from kddata.testing import chaos, make_images
+from kddata.views import ViewPlan
+
+DRIVER = "import pickle, sys; from kddata.cluster.labelling import label; label(pickle.load(open(sys.argv[1], 'rb')))"
+NETWORK = """
+import time
+from kddata.testing import FakeNetwork
+
+class Slow(FakeNetwork):
+    def forward(self, x):
+        time.sleep(0.1)
+        return super().forward(x)
+"""
+
+
+def actors(below: int) -> list[int]:
+    """Ids of the labelling actors below a process."""
+    parents, titles = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found, border = [], [below]
+    while border:
+        border = [pid for pid, parent in parents.items() if parent in border]
+        found += [pid for pid in border if b"MapWorker" in titles[pid]]
+    return found
+
+
+def kill(pid: int) -> None:
+    """Kills a living process and waits until it is gone."""
+    before = Path(f"/proc/{pid}/stat").read_text().split()[21]
+    os.kill(pid, signal.SIGKILL)
+    path = Path(f"/proc/{pid}/stat")
+    while path.exists():
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if fields[0] == "Z" or fields[19] != before:
+            return
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=10)
+    args = parser.parse_args()
+    chance = random.Random(0)
+    kills: Counter[str] = Counter()
+    finished = wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "slow_network.py").write_text(NETWORK)
+        sys.path.insert(0, folder)
+        os.environ |= {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        teacher = TeacherArgs(
+            arch="python:slow_network:Slow", num_classes=10, size_px=16, mean=(0, 0, 0), std=(1, 1, 1)
+        )
+        job = LabellingJob(
+            images=make_images(root / "images", num_images=64, shards=2),
+            store=str(root / "wanted"),
+            teacher=teacher,
+            plan=ViewPlan(),
+            k=3,
+            unit_images=2,
+            batch_size=1,
+        )
+        wanted = chaos.contents(label_store(job).store.url)
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        begin, driver, url = time.monotonic(), None, ""
+        try:
+            while kills.total() < args.kills and time.monotonic() - begin < 60 * args.minutes:
+                if not url:
+                    url = str(root / f"store-{finished}")
+                    (root / "job").write_bytes(pickle.dumps(dataclasses.replace(job, store=url)))
+                if driver is None:
+                    command = [sys.executable, "-c", DRIVER, str(root / "job")]
+                    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                until = time.monotonic() + chance.uniform(0.5, 8)
+                while time.monotonic() < until and driver.poll() is None:
+                    time.sleep(0.02)
+                if driver.poll() is not None:
+                    finished += 1
+                    wrong += driver.returncode != 0 or chaos.contents(url) != wanted
+                    driver, url = None, ""
+                elif chance.random() < 0.5 and (living := actors(os.getpid())):
+                    kill(chance.choice(living))
+                    kills["actor"] += 1
+                else:
+                    driver.kill()
+                    assert driver.wait() == -signal.SIGKILL
+                    driver = None
+                    kills["driver"] += 1
+                print(f"{kills.total()} kills, {finished} stores finished, {wrong} wrong", end="\r", flush=True)
+            if url:  # what the last kill left is finished too
+                if driver is not None:
+                    driver.wait()
+                label_store(dataclasses.replace(job, store=url))
+                finished += 1
+                wrong += chaos.contents(url) != wanted
+        finally:
+            if driver is not None:
+                driver.kill()
+            ray.shutdown()
+    seconds = time.monotonic() - begin
+    print(f"{dict(kills)} in {seconds:.0f} s, {finished} stores finished, {wrong} not as undisturbed")
+    results = {
+        "environment": environment(),
+        "kills": kills,
+        "seconds": round(seconds),
+        "stores": finished,
+        "wrong": wrong,
+    }
+    print(write_results("chaos_ray", results))
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
