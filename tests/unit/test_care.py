@@ -22,6 +22,7 @@ from kddata.errors import (
     StoreMismatchError,
     StoreMissingError,
 )
+from kddata.images import open_source
 from kddata.labelling import LabellingJob, label_store, label_unit, load_job_teacher, prepare
 from kddata.labels import SoftLabels
 from kddata.store import LabelStore, driving, manifest, verify_store
@@ -234,7 +235,7 @@ def test_garbage_of_a_store_under_a_damaged_manifest_is_not_judged(store: Path) 
 def test_what_unfinished_work_needs_is_no_garbage(images: Path, store: Path, tmp_path: Path) -> None:
     begun = prepare(job(images, tmp_path / "begun"))
     teacher = load_job_teacher(job(images, tmp_path / "begun"))
-    source = __import__("kddata").open_source(f"{images}/{{00000..00004}}.tar")
+    source = open_source(f"{images}/{{00000..00004}}.tar")
     label_unit(begun, begun.units()[0], source, teacher)
     (tmp_path / "begun/.tmp-00").write_bytes(b"x")
     before = contents(tmp_path / "begun")
@@ -399,7 +400,7 @@ def test_an_extension_goes_on_where_it_stopped_and_readers_see_the_former_store(
     label_store(dataclasses.replace(larger, store=str(undisturbed)), extend=True)
     extending = prepare(larger, extend=True)
     teacher = load_job_teacher(larger)
-    source = __import__("kddata").open_source(larger.images)
+    source = open_source(larger.images)
     for unit in extending.units()[::2]:
         label_unit(extending, unit, source, teacher)
     assert LabelStore.open(str(store)).num_rows == 15 * 4
@@ -408,6 +409,19 @@ def test_an_extension_goes_on_where_it_stopped_and_readers_see_the_former_store(
     with pytest.raises(StoreMismatchError, match="views_per_image: stored 4, asked 6"):
         label_store(larger)
     label_store(larger, extend=True)
+    assert contents(store) == contents(undisturbed)
+
+
+def test_what_an_extension_that_was_given_up_left_behind_does_not_count(images: Path, store: Path) -> None:
+    given_up = prepare(job(images, store, views_per_image=6), extend=True)
+    source = open_source(f"{images}/{{00000..00004}}.tar")
+    label_unit(given_up, given_up.units()[0], source, load_job_teacher(job(images, store)))
+    (store / "extension-000002.json").unlink()
+    undisturbed = Path(shutil.copytree(store, store.parent / "undisturbed"))
+    collect_garbage(str(undisturbed))
+    for root in (undisturbed, store):
+        label_store(job(images, root, views_per_image=5), extend=True)
+    assert verify_store(str(store)) == []
     assert contents(store) == contents(undisturbed)
 
 
