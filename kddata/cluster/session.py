@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import ray
@@ -24,6 +26,7 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
@@ -31,6 +34,8 @@ def connected() -> Iterator[None]:
         with _silent_stderr():  # and neither is that this level was set
             # "local": a plain init would follow the stale address file of some older cluster.
             ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own aborts the process after 3 s, in the middle of tidying up
     try:
         yield
     finally:

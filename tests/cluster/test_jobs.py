@@ -63,8 +63,11 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_alone_stopped_by_ctrl_c_and_started_again(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_alone_stopped_and_started_again(
+    number: signal.Signals, code: int, word: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "labels"
     command = [sys.executable, "label.py", "label.yaml", f"store={store}"]
@@ -72,14 +75,15 @@ def test_alone_stopped_by_ctrl_c_and_started_again(
     try:
         while first.poll() is None and not list(store.glob("receipts/*.json")):
             time.sleep(0.05)
-        first.send_signal(signal.SIGINT)
+        first.send_signal(number)
         out, err = first.communicate(timeout=60)
     finally:
         first.kill()
-    assert (first.returncode, out) == (130, ""), err
-    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert (first.returncode, out) == (code, ""), err
+    assert err.splitlines()[-1] == f"{word}; the same command goes on from here"
     assert re.search(r"labelling: \d+ of 48 views are finished and kept", err)
     assert "Traceback" not in err
+    assert not list(store.glob("lock-*"))
     assert not (store / "manifest-000001.json").exists()
 
     again = subprocess.run(command, cwd=work, capture_output=True, text=True)
