@@ -112,7 +112,7 @@ def main() -> None:
                 if driver is None:
                     command = [sys.executable, "-c", DRIVER, str(root / "job")]
                     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                until = time.monotonic() + chance.uniform(0.5, 8)
+                until = time.monotonic() + chance.uniform(1, 18)  # a driver takes seconds to start
                 while time.monotonic() < until and driver.poll() is None:
                     time.sleep(0.02)
                 if driver.poll() is not None:
