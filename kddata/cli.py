@@ -12,7 +12,7 @@ import typer
 
 from kddata import __version__, commands
 from kddata.console import Bar, exit_code
-from kddata.errors import StoreDamagedError
+from kddata.errors import ConfigError, StoreDamagedError
 
 if TYPE_CHECKING:
     from kddata.care import Audit
@@ -318,6 +318,66 @@ def merge(
         commands.say(json.dumps(info))
     else:
         commands.say(f"{info['url']}: {info['rows']:,} views, in {info['units']} units of {len(stores)} stores")
+
+
+@command
+def convert(
+    store: Store,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="path or URL of the new store")],
+    format: Annotated[str | None, typer.Option(help="of its shards: arrow, tar, or tar+images")] = None,
+    codec: Annotated[str | None, typer.Option(help="of its values: compact rounds those of an exact store")] = None,
+    images: Images = None,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a finished store again in another format, losslessly, or rounded by codec compact.
+
+    \b
+    kddata convert out/labels out/labels-tar --format tar
+    kddata convert out/labels out/labels-small --codec compact
+    """
+    import typing
+
+    from kddata import care
+    from kddata.cards import Codec, Format
+    from kddata.store import LabelStore
+
+    for name, value, known in (("--format", format, Format), ("--codec", codec, Codec)):
+        if value is not None and value not in typing.get_args(known):
+            raise ConfigError(f"{name} is one of {', '.join(typing.get_args(known))}", actual=repr(value))
+    choice: dict[str, Any] = {"format": format, "codec": codec}
+    info = care.convert(LabelStore.open(store), out, images=images, **choice).info()
+    if as_json:
+        commands.say(json.dumps(info))
+    else:
+        spec = info["spec"]
+        commands.say(
+            f"{info['url']}: {info['rows']:,} views, {spec['format']}, codec {spec['codec']}, "
+            f"{info['bytes_per_view']:.1f} B a view"
+        )
+
+
+@command
+def export(
+    store: Store,
+    out: Annotated[str, typer.Argument(metavar="OUT.parquet", help="path or URL of the file")],
+    as_json: AsJson = False,
+) -> None:
+    """Writes the rows of a store into one Parquet file, for DuckDB, Polars and Hugging Face datasets.
+
+    \b
+    kddata export out/labels labels.parquet
+    """
+    import dataclasses
+
+    from kddata import care
+    from kddata.store import LabelStore
+
+    with Bar("exporting", unit="rows") as bar:
+        done = care.export_parquet(LabelStore.open(store), out, on_rows=bar.update)
+    if as_json:
+        commands.say(json.dumps(dataclasses.asdict(done)))
+    else:
+        commands.say(f"{done.url}: {done.rows:,} rows in {done.row_groups} row groups, {done.num_bytes:,} B")
 
 
 @command

@@ -21,7 +21,21 @@ from kddata.labelling import LabellingJob, label_store
 from kddata.testing import encode, fake_teacher_args, make_images, make_store, small_image, write_tar
 from kddata.views import ViewPlan, pixel_hash
 
-COMMANDS = ("pack", "label", "extend", "train", "inspect", "verify", "repair", "gc", "merge", "audit", "show")
+COMMANDS = (
+    "pack",
+    "label",
+    "extend",
+    "train",
+    "inspect",
+    "verify",
+    "repair",
+    "gc",
+    "merge",
+    "convert",
+    "export",
+    "audit",
+    "show",
+)
 
 
 def call(*arguments: object) -> Result:
@@ -168,6 +182,21 @@ def test_merge_joins_stores_and_names_what_differs(store: Path, tmp_path: Path) 
     refused = call("merge", tmp_path / "none", store, tmp_path / "all")
     assert refused.exit_code == 5
     assert "views 0 to 2 and 0 to 4" in refused.stderr
+
+
+def test_convert_and_export_write_a_store_in_other_forms(store: Path, tmp_path: Path) -> None:
+    done = call("convert", store, tmp_path / "tar", "--format", "tar")
+    assert done.exit_code == 0
+    assert re.match(rf"{tmp_path}/tar: 36 views, tar, codec exact, \d+\.\d B a view\n$", done.stdout), done.stdout
+    assert call("convert", tmp_path / "tar", tmp_path / "back", "--format", "arrow").exit_code == 0
+    again, first = (folder / "labels" / "000000.arrow" for folder in (tmp_path / "back", store))
+    assert again.read_bytes() == first.read_bytes()
+    small = json.loads(call("convert", store, tmp_path / "small", "--codec", "compact", "--json").stdout)
+    assert small["spec"]["codec"] == "compact"
+    refused = call("convert", store, tmp_path / "none", "--codec", "small")
+    assert (refused.exit_code, refused.stderr.count("--codec is one of exact, compact; got 'small'")) == (2, 1)
+    exported = call("export", store, tmp_path / "rows.parquet")
+    assert (exported.exit_code, exported.stdout.count("36 rows in 1 row groups")) == (0, 1)
 
 
 def test_verify_pixels_names_views_that_cannot_be_replayed(store: Path, tmp_path: Path) -> None:
