@@ -1,4 +1,4 @@
-"""The compact codec: small and rounded, for the largest stores; see benchmarks/store_size.py. Pure functions on columns.
+"""The compact codec: small and rounded, for the largest stores. benchmarks/store_size.py measures it. Pure functions.
 
 A record of a compact shard is one *image* with all V views of its unit, so that what its views share is stored once:
 

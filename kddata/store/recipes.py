@@ -1,7 +1,7 @@
 """Recipes: the ops and mixes of views as Arrow columns. A shard has them only where its plan draws any. Pure functions.
 
-`ops` holds the names of each view's ops, and the magnitudes of all of them, one after the other: a few bytes a view
-where a list of (name, magnitudes) takes 20 to 36. `mix` is null for a view that is not mixed. The compact codec, whose
+`ops` holds the names of each view's ops, and the magnitudes of all of them, one after the other, which
+packs better than a list of (name, magnitudes). `mix` is null for a view that is not mixed. The compact codec, whose
 record is an image, nests each of them in a list of its views. All numbers are exact in float32.
 
 Letters: B rows, V views of an image.
