@@ -13,7 +13,7 @@ LAYERS = [
     {"ops"},
     {"views", "labels"},
     {"cards", "builders"},  # cards are values too; a spec holds a plan, and temperatures as labels declare them
-    {"images", "teacher", "nets", "store", "order", "losses", "evaluation", "fashion_mnist"},
+    {"images", "teacher", "nets", "store", "order", "losses", "evaluation", "corruption", "fashion_mnist"},
     {"labelling", "reader"},
     {"replay", "care"},
     {"training", "report", "picture"},
