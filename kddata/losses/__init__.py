@@ -16,8 +16,10 @@ from kddata.losses.hard import hard_loss
 from kddata.losses.kd import kd_loss
 from kddata.losses.linear import kd_linear_loss
 from kddata.losses.lskd import lskd_loss
-from kddata.losses.methods import Method, Needs, make
-from kddata.losses.mlkd import batch_correlation_loss, class_correlation_loss
+from kddata.losses.method import Method
+from kddata.losses.methods import make
+from kddata.losses.mlkd import batch_correlation_loss, class_correlation_loss, mlkd_loss
+from kddata.losses.needs import Needs, Seen
 from kddata.losses.nkd import nkd_loss
 from kddata.losses.nst import nst_loss
 from kddata.losses.ofa import ofa_loss
@@ -27,7 +29,7 @@ from kddata.losses.reviewkd import Fusion, ReviewFusion, reviewkd_loss
 from kddata.losses.rkd import rkd_angle_loss, rkd_distance_loss, rkd_loss
 from kddata.losses.rows import RowStats
 from kddata.losses.sp import sp_loss
-from kddata.losses.srrl import Connector, feature_mean_loss, srrl_loss
+from kddata.losses.srrl import Connector, TeacherClassifier, feature_mean_loss, srrl_loss
 from kddata.losses.ttm import ttm_loss
 from kddata.losses.vid import VariationalRegressor, vid_loss
 from kddata.losses.wsld import wsld_loss
@@ -43,6 +45,8 @@ __all__ = [
     "Needs",
     "ReviewFusion",
     "RowStats",
+    "Seen",
+    "TeacherClassifier",
     "VariationalRegressor",
     "ab_loss",
     "aekt_loss",
@@ -67,6 +71,7 @@ __all__ = [
     "kd_loss",
     "lskd_loss",
     "make",
+    "mlkd_loss",
     "nkd_loss",
     "nst_loss",
     "ofa_loss",

@@ -6,122 +6,35 @@ plain functions and can be used without this.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kddata.errors import ConfigError
 from kddata.labels import SoftLabels
+from kddata.losses.aekt import ClassHead, aekt_loss
+from kddata.losses.arguments import check_value, unknown
+from kddata.losses.ctkd import LearnedTemperature, ctkd_loss
 from kddata.losses.dist import dist_loss
 from kddata.losses.dkd import dkd_loss
 from kddata.losses.hard import Reduction, hard_loss
 from kddata.losses.kd import KDArgs, kd_loss
 from kddata.losses.lskd import lskd_loss
+from kddata.losses.method import HARD_ALONE, Method
+from kddata.losses.mlkd import mlkd_loss
+from kddata.losses.needs import Needs, Seen
 from kddata.losses.nkd import nkd_loss
 from kddata.losses.ofa import ofa_loss
+from kddata.losses.sums import sum_of
+from kddata.losses.terms import TERMS, Shapes
 from kddata.losses.ttm import ttm_loss
 from kddata.losses.wsld import wsld_loss
 
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What a method asks of the labels it trains on.
-
-    Attributes:
-        temperatures: at which the tail mass must be known (any is, where k = C); none where no soft label is used.
-        all_classes: whether k must be C.
-        targets: whether ground truth is needed.
-        sampled: whether classes must have been drawn at random instead of taken from the top.
-        one_target: whether the loss itself tells one class of each view from the others, so that views are not mixed.
-    """
-
-    temperatures: tuple[float, ...] = ()
-    all_classes: bool = False
-    targets: bool = False
-    sampled: bool = False
-    one_target: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A loss with its arguments. Call it as `method(student_logits_BC, labels, targets_B, **more)`; see `make`.
-
-    `more` may hold reduction, ignore_index, weights_B, and targets2_B and lam for mixed views, as in `kd_loss`. Labels
-    may be None where `needs.temperatures` is empty.
-    """
-
-    name: str
-    needs: Needs
-    loss: Callable[..., Tensor]
-
-    def __call__(
-        self,
-        student_logits_BC: Tensor,
-        labels: SoftLabels | None,
-        targets_B: Tensor | None = None,
-        *,
-        reduction: Reduction = "mean",
-        ignore_index: int = -100,
-        weights_B: Tensor | None = None,
-        targets2_B: Tensor | None = None,
-        lam: float | Tensor = 1.0,
-    ) -> Tensor:
-        if targets2_B is not None and self.needs.one_target:
-            raise ConfigError(f"method {self.name} has one target for each view", actual="a pair", fix=_NOT_MIXED)
-        pair = {} if targets2_B is None else {"targets2_B": targets2_B, "lam": lam}
-        return self.loss(
-            student_logits_BC,
-            labels,
-            targets_B,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            weights_B=weights_B,
-            **pair,
-        )
-
-    def check(
-        self,
-        *,
-        k: int,
-        num_classes: int,
-        temperatures: tuple[float, ...],
-        has_targets: bool,
-        sampled: bool = False,
-        mixed: bool = False,
-        where: str = "the label store",
-    ) -> None:
-        """Raises ConfigError naming the piece that a store of such labels does not hold; call it before training."""
-        needs, missing = self.needs, None
-        if needs.targets and not has_targets:
-            missing = "ground-truth labels of the images", "its images have none", _HARD_ALONE
-        elif needs.one_target and mixed:
-            missing = "one class for each view", "views mixed of two images", _NOT_MIXED
-        elif not needs.temperatures:
-            return
-        elif needs.sampled and not sampled:
-            missing = "classes drawn at random", "the top classes", "set method.tail to bucket"
-        elif sampled and not needs.sampled:
-            missing = "top classes", "classes drawn at random", "set method.tail to sampled"
-        elif needs.all_classes and k != num_classes:
-            fix = f"label again with labels.k={num_classes} (or set method.tail, where the method has it)"
-            missing = "all classes", f"k = {k} of {num_classes}", fix
-        elif k != num_classes and (unknown := [t for t in needs.temperatures if t not in temperatures]):
-            fix = f"use one of these, or label again with labels.temperatures naming {unknown[0]:g}"
-            missing = f"the tail mass at temperature {unknown[0]:g}", f"it at {list(temperatures)} alone", fix
-        if missing is not None:
-            rule, actual, fix = missing
-            raise ConfigError(f"method {self.name} needs {rule}", actual=actual, where=where, fix=fix)
-
-
-_HARD_ALONE = "learn from soft labels alone (such as method.name=kd method.alpha=1), or add labels to the images"
-_NOT_MIXED = "use method kd, hard, lskd, dist or ttm, or label with views.mix=none"
-_OF_A_BATCH = {"reduction", "ignore_index", "weights_B", "targets2_B", "lam", "on_stats", "debug"}
+_OF_A_BATCH = {"seen", "reduction", "ignore_index", "weights_B", "targets2_B", "lam", "on_stats", "debug"}
 _WEIGHTS = {"weight": 1.0, "hard_weight": 1.0}
 
 
@@ -129,6 +42,10 @@ class _Entry(NamedTuple):
     loss: Callable[..., Tensor]
     needs: Callable[[dict[str, Any]], Needs]  # of all arguments, defaults filled in
     weighted: bool = True  # whether `weight` and `hard_weight` are arguments too
+    parts: Callable[[Mapping[str, Any], Shapes, Shapes], nn.Module] | None = None
+    head: Callable[[Tensor, nn.Module], Tensor] | None = None
+    of_features: bool = False  # a loss of what was seen alone
+    sees: bool = False  # whether the loss is given what was seen
 
 
 def make(name: str, **args: Any) -> Method:
@@ -143,20 +60,41 @@ def make(name: str, **args: Any) -> Method:
         dist    temperature=1, beta=1, gamma=1, tail=None
         ttm     temperature=4, weighted=False
         ofa     temperature=1, eps=1.5, tail=None
+        mlkd    temperatures=(2, 3, 4, 5, 6), tail=None
+        ctkd    start=1, span=20, ramp_steps=0; a learned temperature
+        aekt    temperature=4, explicit=1, implicit=1, max_ratio=2, tail=None; a learned head
+        sum     terms: a list of methods, each with its `weight`
 
-    From dkd on, the loss is `weight * method + hard_weight * cross-entropy` (both 1 by default), and all classes are
-    needed (k = C), unless `tail` names how to spread the rest: uniform or renorm. See the functions of these names.
+    From dkd to aekt, the loss is `weight * method + hard_weight * cross-entropy` (both 1 by default), and all classes
+    are needed (k = C), unless `tail` names how to spread the rest: uniform or renorm. See the functions of these names.
+
+    On features and relations, with `weight` and `hard_weight` too, and no soft labels:
+
+        at, nst, ft                teacher_nodes, student_nodes: lists of layers, compared one by one; at: eps=0
+        fitnets, vid, ofd, ab      the same, with learned parts; ab: margin=1
+        reviewkd                   the same, from shallow to deep; max_middle=512
+        fsp                        teacher_pairs, student_pairs: lists of two layers each
+        sp, rkd, pkt, cc           teacher_output="embedding", student_output="embedding", or features:NODE;
+                                   rkd: distance_weight=25, angle_weight=50
+        crd                        the same, and num_images, width=128, negatives=16384, temperature=0.07, momentum=0.5
+        srrl                       classifier (the teacher's weights), classifier_layer="fc", student_nodes (one),
+                                   alpha=1, beta=5
+
+    In a sum, `weight` is 1 where it is not named and `hard_weight` 0, so that cross-entropy is a term of its own
+    ({name: hard}), or part of kd's alpha.
     """
-    if name not in _METHODS:
-        raise _unknown("method.name", name, list(_METHODS))
-    entry = _METHODS[name]
+    if name == "sum":
+        return _make_sum(**args)
+    if name not in METHODS:
+        raise unknown("method.name", name, [*METHODS, "sum"])
+    entry = METHODS[name]
     known = {key: p for key, p in inspect.signature(entry.loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
     values = {key: p.default for key, p in known.items() if key not in _OF_A_BATCH}
     values |= _WEIGHTS if entry.weighted else {}
     for key, value in args.items():
         if key not in values:
-            raise _unknown(f"an argument of method {name}", key, list(values))
-        _check_value(key, value, "float" if key in _WEIGHTS else known[key].annotation)
+            raise unknown(f"an argument of method {name}", key, list(values))
+        check_value(key, value, "float" if key in _WEIGHTS else known[key].annotation)
     values |= args
     missing = [key for key, value in values.items() if value is inspect.Parameter.empty]
     if missing:
@@ -164,25 +102,41 @@ def make(name: str, **args: Any) -> Method:
     if name == "kd":
         KDArgs(**values)  # checks them, before any image is read
     needs = entry.needs(values)
+    build = None if entry.parts is None else partial(entry.parts, dict(values))
     if not entry.weighted:
         return Method(name=name, needs=needs, loss=partial(entry.loss, **values))
     weight, hard_weight = (values.pop(key) for key in _WEIGHTS)
-    loss = partial(_weighted, loss=partial(entry.loss, **values), weight=weight, hard_weight=hard_weight)
-    return Method(name=name, needs=replace(needs, targets=needs.targets or hard_weight != 0), loss=loss)
+    inner = partial(_of_features, term=partial(entry.loss, **values)) if entry.of_features else None
+    loss = partial(
+        _weighted,
+        loss=inner or partial(entry.loss, **values),
+        weight=weight,
+        hard_weight=hard_weight,
+        head=entry.head,
+        sees=entry.of_features or entry.sees,
+    )
+    needs = replace(needs, targets=needs.targets or hard_weight != 0)
+    return Method(name=name, needs=needs, loss=loss, build=build, head=entry.head)
 
 
-def _check_value(key: str, value: object, annotation: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation == "float" and not (number and math.isfinite(value)):  # type: ignore[arg-type]
-        raise ConfigError(f"method.{key} is a number", actual=repr(value))
-    if key == "temperature" and value <= 0:  # type: ignore[operator]
-        raise ConfigError("method.temperature is above 0", actual=value)
-    if annotation == "bool" and not isinstance(value, bool):
-        raise ConfigError(f"method.{key} is true or false", actual=repr(value))
-    if annotation == "Backend" and value not in ("auto", "torch", "triton"):
-        raise ConfigError(f"method.{key} is auto, torch or triton", actual=repr(value))
-    if annotation == "DenseTail | None" and value not in (None, "uniform", "renorm"):
-        raise ConfigError(f"method.{key} is uniform, renorm or null", actual=repr(value))
+def _make_sum(**args: Any) -> Method:
+    """`terms` is a list of methods by name, each with its weight."""
+    terms = args.pop("terms", None)
+    listed = isinstance(terms, (list, tuple)) and len(terms) > 0
+    if args or not listed or not all(isinstance(x, Mapping) and isinstance(x.get("name"), str) for x in terms):
+        raise ConfigError(
+            "method sum has one argument, terms: a list of methods",
+            actual=[*args, "terms"] if args else terms,
+            fix="such as terms: [{name: kd, temperature: 4, weight: 1}, {name: sp, weight: 3000}]",
+        )
+    made, weights = [], []
+    for term in terms:
+        values = dict(term)
+        weighted = values["name"] in METHODS and METHODS[values["name"]].weighted
+        weights.append(1.0 if weighted else values.pop("weight", 1.0))
+        check_value("weight", weights[-1], "float")
+        made.append(make(**({"hard_weight": 0.0} | values if weighted else values)))
+    return sum_of(made, weights)
 
 
 def _hard(
@@ -198,7 +152,7 @@ def _hard(
     lam: float | Tensor = 1.0,
 ) -> Tensor:
     if targets_B is None:
-        raise ConfigError("cross-entropy needs targets_B", actual="None", fix=_HARD_ALONE)
+        raise ConfigError("cross-entropy needs targets_B", actual="None", fix=HARD_ALONE)
     return hard_loss(
         student_logits_BC,
         targets_B,
@@ -219,15 +173,68 @@ def _weighted(
     loss: Callable[..., Tensor],
     weight: float,
     hard_weight: float,
+    head: Callable[[Tensor, nn.Module], Tensor] | None,
+    sees: bool,
+    seen: Seen | None = None,
     targets2_B: Tensor | None = None,
     lam: float | Tensor = 1.0,
     **more: Any,
 ) -> Tensor:
-    total = weight * loss(student_logits_BC, labels, targets_B, **more)
+    look = {"seen": seen} if sees else {}
+    total = weight * loss(student_logits_BC, labels, targets_B, **look, **more)
     if not hard_weight:
         return total
-    hard = _hard(student_logits_BC, labels, targets_B, targets2_B=targets2_B, lam=lam, **more)
+    answer_BC = student_logits_BC
+    if head is not None:
+        assert seen is not None
+        assert seen.parts is not None
+        answer_BC = head(student_logits_BC, seen.parts)
+    hard = _hard(answer_BC, labels, targets_B, targets2_B=targets2_B, lam=lam, **more)
     return total + hard_weight * hard
+
+
+def _of_features(
+    student_logits_BC: Tensor,
+    labels: object,
+    targets_B: object,
+    *,
+    term: Callable[..., Tensor],
+    seen: Seen,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    weights_B: Tensor | None = None,
+) -> Tensor:
+    """A mean over the batch, which every row carries whole."""
+    if weights_B is not None:
+        raise ConfigError("losses on features weigh all rows alike", actual="weights_B", fix="leave weights_B out")
+    value = term(seen)
+    if reduction == "mean":
+        return value
+    value_B = value.expand(len(student_logits_BC))
+    return value_B if reduction == "none" else value_B.sum()
+
+
+def _ctkd(
+    student_logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor | None,
+    *,
+    seen: Seen,
+    start: float = 1.0,
+    span: float = 20.0,
+    ramp_steps: int = 0,
+    **more: Any,
+) -> Tensor:
+    assert seen.parts is not None
+    return ctkd_loss(student_logits_BC, labels, targets_B, temperature=seen.parts(), **more)
+
+
+def _without(args: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in args.items() if key not in names}
+
+
+def _class_head(logits_BC: Tensor, parts: nn.Module) -> Tensor:
+    return parts(logits_BC)
 
 
 def _dense(args: dict[str, Any], *, targets: bool = False, at_1: bool = False) -> Needs:
@@ -241,7 +248,7 @@ def _kd_needs(args: dict[str, Any]) -> Needs:
     return Needs(temperatures=(args["temperature"],), targets=args["alpha"] < 1, sampled=args["tail"] == "sampled")
 
 
-_METHODS: dict[str, _Entry] = {
+METHODS: dict[str, _Entry] = {
     "kd": _Entry(kd_loss, _kd_needs, weighted=False),
     "hard": _Entry(_hard, lambda args: Needs(targets=True), weighted=False),
     "dkd": _Entry(dkd_loss, partial(_dense, targets=True)),
@@ -251,11 +258,20 @@ _METHODS: dict[str, _Entry] = {
     "dist": _Entry(dist_loss, _dense),
     "ttm": _Entry(ttm_loss, _dense),
     "ofa": _Entry(ofa_loss, partial(_dense, targets=True)),
+    "mlkd": _Entry(
+        mlkd_loss, lambda args: Needs(temperatures=tuple(args["temperatures"]), all_classes=args["tail"] is None)
+    ),
+    "ctkd": _Entry(
+        _ctkd,
+        lambda args: Needs(temperatures=(1.0,), all_classes=True, parts=True),
+        parts=lambda args, student, teacher: LearnedTemperature(**_without(args, *_WEIGHTS)),
+        sees=True,
+    ),
+    "aekt": _Entry(
+        aekt_loss,
+        lambda args: replace(_dense(args, targets=True), parts=True, head=True),
+        parts=lambda args, student, teacher: ClassHead(*student["logits"]),
+        head=_class_head,
+    ),
+    **{name: _Entry(term.loss, term.needs, parts=term.parts, of_features=True) for name, term in TERMS.items()},
 }
-
-
-def _unknown(what: str, name: str, known: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1)
-    return ConfigError(
-        f"{what} is one of {', '.join(known)}", actual=repr(name), fix=f"perhaps {near[0]} was meant" if near else None
-    )

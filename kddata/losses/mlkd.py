@@ -1,15 +1,14 @@
-"""The batch-level and class-level terms of multi-level logit distillation; its instance-level term is kd_loss.
-
-The published method sums all three over several temperatures and two views of each image, with masks of confident
-images and classes. What is here are its terms for one view and temperature.
-"""
+"""Multi-level logit distillation: images as they are, images among themselves, and classes among themselves."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from kddata.labels import DenseTail, SoftLabels
-from kddata.losses.dense import batch, teacher_log_p
+from kddata.losses.dense import batch, kl, reduce_rows, teacher_log_p
+from kddata.losses.hard import Reduction
 
 
 def batch_correlation_loss(
@@ -40,3 +39,31 @@ def _probabilities(
     dense = batch(student_logits_BC, labels)
     p = teacher_log_p(dense, temperature=temperature, tail=tail).exp()
     return p, (dense.logits_BC / temperature).softmax(1)
+
+
+def mlkd_loss(
+    student_logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    tail: DenseTail | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    weights_B: Tensor | None = None,
+) -> Tensor:
+    """Sum over temperatures of T^2 KL + batch_correlation_loss + class_correlation_loss. Targets are not used.
+
+    The published method sums this over a weak and a strong view of each image; here a view is a row, so that two views
+    of an image in one batch are two rows (which also makes them neighbours in the batch-level term). Its released code
+    halves some of these terms by masks of confident rows; those are left out. The correlations are properties of the
+    batch: every row carries the whole of them. Needs all classes (k = C), or a named tail. Source: the same.
+    """
+    dense = batch(student_logits_BC, labels)
+    loss_B = dense.logits_BC.new_zeros(len(labels))
+    for t in temperatures:
+        log_p = teacher_log_p(dense, temperature=t, tail=tail)
+        loss_B = loss_B + t**2 * kl(log_p, (dense.logits_BC / t).log_softmax(1))
+        for correlation in (batch_correlation_loss, class_correlation_loss):
+            loss_B = loss_B + correlation(student_logits_BC, labels, temperature=t, tail=tail)
+    return reduce_rows(dense, loss_B, reduction=reduction, weights_B=weights_B, known_only=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kddata.errors import ConfigError
 from kddata.losses.maps import pair, same_shape
 
 
@@ -44,3 +45,42 @@ class Connector(nn.Sequential):
         conv = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
         nn.init.normal_(conv.weight, 0.0, (2.0 / teacher_channels) ** 0.5)
         super().__init__(conv, nn.BatchNorm2d(teacher_channels), *([nn.ReLU()] if relu else []))
+
+
+class TeacherClassifier(nn.Module):
+    """The linear layer at a teacher's end, frozen: weight [C, D] and bias [C]. `load` reads it from safetensors."""
+
+    weight_CD: Tensor
+    bias_C: Tensor
+
+    def __init__(self, weight_CD: Tensor, bias_C: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight_CD", weight_CD.float())
+        self.register_buffer("bias_C", bias_C.float())
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return x_BD @ self.weight_CD.T + self.bias_C
+
+    @classmethod
+    def load(cls, url: str, layer: str) -> TeacherClassifier:
+        """That of a teacher's weights. Raises ConfigError where the file, or the layer in it, is not there."""
+        import fsspec
+        from safetensors.torch import load
+
+        try:
+            with fsspec.open(url, "rb") as file:
+                weights = load(file.read())
+        except FileNotFoundError as error:
+            raise ConfigError(
+                "method.classifier names the teacher's weights", actual="no such file", where=url
+            ) from error
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        if not all(name in weights for name in names):
+            linear = [name.removesuffix(".weight") for name, x in weights.items() if x.ndim == 2]
+            raise ConfigError(
+                f"the teacher's weights hold {' and '.join(names)}",
+                actual=f"linear layers {', '.join(linear) or 'none'}",
+                where=url,
+                fix="set method.classifier_layer to the teacher's last layer",
+            )
+        return cls(*(weights[name] for name in names))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def training_steps(
         logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
         labels = (batch.labels if teach is None else teach(batch)).to(logits_BC.device, non_blocking=True)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
-        pair: dict[str, Tensor] = {}
+        pair: dict[str, Any] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
             pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
         loss_of = partial(_mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair)
@@ -106,7 +107,7 @@ def training_steps(
 
 
 def _mean_loss(
-    method: Method, logits_BC: Tensor, labels: SoftLabels, *, targets_B: Tensor, rows: int, pair: dict[str, Tensor]
+    method: Method, logits_BC: Tensor, labels: SoftLabels, *, targets_B: Tensor, rows: int, pair: dict[str, Any]
 ) -> Tensor:
     """This rank's part of the mean loss over a step's rows."""
     return method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair).sum() / rows
