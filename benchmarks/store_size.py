@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
@@ -28,6 +29,7 @@ from kddata.images import decode, open_source
 from kddata.store import LabelRows, Unit
 
 TEMPERATURES = (1.0, 2.0, 4.0)
+VIEW_SD = 0.25  # of the made-up logits of an image from view to view, against 2 from class to class
 
 
 def copy_store(
@@ -54,16 +56,34 @@ def copy_store(
     return store
 
 
-def made_up_labels(labels: SoftLabels, num_classes: int) -> SoftLabels:
-    """As many rows for another number of classes: a few likely classes an image, a long tail of the rest."""
+def made_up_labels(rows: LabelRows, num_classes: int) -> SoftLabels:
+    """As many rows for another number of classes: a few likely classes an image, a long tail of the rest.
+
+    The tail is mostly the image's own and moves a little from view to view, by so much that no fewer distinct classes
+    come up over the views of an image as with the real teacher (`classes_an_image` of both is in the results).
+    """
     random = torch.Generator().manual_seed(0)
-    ids, parts = labels.ids_BK.long(), []
-    for rows in range(0, len(labels), 256):
-        part = slice(rows, rows + 256)
-        logits = 2 * torch.randn(len(ids[part]), num_classes, generator=random)
-        logits.scatter_(1, ids[part] * (num_classes // labels.num_classes), labels.log_p_BK[part] + 14)
+    labels, parts = rows.labels, []
+    borders = [0, *(i for i in range(1, len(rows)) if rows.image_id[i] != rows.image_id[i - 1]), len(rows)]
+    for start, stop in itertools.pairwise(borders):
+        part, of_image = slice(start, stop), torch.randn(num_classes, generator=random)
+        logits = 2 * of_image + VIEW_SD * torch.randn(stop - start, num_classes, generator=random)
+        places = labels.ids_BK[part].long() * (num_classes // labels.num_classes)
+        logits.scatter_(1, places, labels.log_p_BK[part] + 14)
         parts.append(SoftLabels.from_logits(logits, k=labels.k, temperatures=TEMPERATURES))
     return SoftLabels.cat(parts)
+
+
+def classes_an_image(store: LabelStore) -> float:
+    """How many distinct classes the views of an image name, mean over images."""
+    found = []
+    for unit in store.units():
+        rows = store.read(unit.number)
+        named: dict[str, set[int]] = {}
+        for image_id, ids in zip(rows.image_id, rows.labels.ids_BK.tolist(), strict=True):
+            named.setdefault(image_id, set()).update(ids)
+        found += [len(ids) for ids in named.values()]
+    return sum(found) / len(found)
 
 
 def bytes_per_view(store: LabelStore) -> dict[str, float]:
@@ -114,7 +134,8 @@ def compare(exact: LabelStore, url: str) -> tuple[LabelStore, dict[str, object]]
     spec = dataclasses.replace(exact.spec, codec="compact")
     compact = copy_store(exact, url, spec, lambda unit: iter([exact.read(unit.number)]))
     sizes = {"exact": bytes_per_view(exact), "compact": bytes_per_view(compact)}
-    return compact, {"views": exact.num_rows, "bytes_per_view": sizes, **rounding(exact, compact)}
+    about = {"views": exact.num_rows, "classes_an_image": classes_an_image(exact)}
+    return compact, {**about, "bytes_per_view": sizes, **rounding(exact, compact)}
 
 
 def main() -> None:
@@ -156,7 +177,7 @@ def main() -> None:
 
         def wide_rows(unit: Unit) -> Iterator[LabelRows]:
             rows = exact.read(unit.number)
-            yield dataclasses.replace(rows, labels=made_up_labels(rows.labels, args.classes))
+            yield dataclasses.replace(rows, labels=made_up_labels(rows, args.classes))
 
         _, wide = compare(copy_store(exact, f"{folder}/wide", wide_spec, wide_rows), f"{folder}/wide-compact")
     results = {"photos": photos, f"made_up_{args.classes}_classes": wide}
