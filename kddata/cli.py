@@ -126,6 +126,25 @@ def label(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @command
+def plan(
+    file: JobFile,
+    overrides: Overrides = None,
+    passes: Annotated[int, typer.Option(help="how often a student will see each view")] = 1,
+    probe_views: Annotated[int, typer.Option(help="that are labelled to measure speed and size")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Says what a label job will make and cost, before any machine is rented: units, bytes, hours, students to pay.
+
+    Counts the images and labels a few of them, on this machine, into a temporary folder; the store is not touched.
+
+    \b
+    kddata plan jobs/configs/label.yaml
+    kddata plan jobs/configs/label.yaml views.per_image=300 cluster.teachers=64 --passes 3
+    """
+    commands.plan(file, overrides or (), passes=passes, probe_views=probe_views, as_json=as_json)
+
+
+@command
 def extend(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Adds views, or image shards after the former ones, to a finished store; what is there stays byte for byte.
 

@@ -1,4 +1,6 @@
-"""The two long commands, label and train: what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py do.
+"""The long commands, label and train, and plan, which says what the first of them will cost.
+
+They are what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py, and `kddata plan` do.
 
 From a job file to a result on stdout, with a bar on stderr. Ray is imported after the job file is known to be right,
 since that takes seconds.
@@ -6,12 +8,17 @@ since that takes seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kddata.config import LabelFile, TrainFile, label_job, load, train_job
-from kddata.console import Bar
+from kddata.console import Bar, clock
+
+if TYPE_CHECKING:
+    from kddata.labelling import Estimate
 
 
 def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_json: bool = False) -> None:
@@ -50,6 +57,60 @@ def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_
         say(f"{info['url']} is finished already; nothing was done")
     else:
         say(f"{info['url']}: {info['rows']:,} views at {info['bytes_per_view']:.1f} B, in {info['units']} units")
+
+
+def plan(path: str, overrides: Sequence[str] = (), *, passes: int, probe_views: int, as_json: bool = False) -> None:
+    """Prints what a label job file would make and cost. Raises KddataError."""
+    file = load(LabelFile, path, overrides)
+    job = label_job(file)
+    import torch
+
+    from kddata import labelling
+
+    on_gpu = file.cluster.gpus_per_teacher > 0 and torch.cuda.is_available()
+    job = dataclasses.replace(job, device="cuda" if on_gpu else "cpu")
+    found = labelling.estimate(job, teachers=file.cluster.teachers, passes=passes, probe_views=probe_views)
+    if as_json:
+        say(json.dumps(dataclasses.asdict(found)))
+        return
+    for name, text in estimate_lines(found, asks_gpu=file.cluster.gpus_per_teacher > 0):
+        say(f"{name:<12} {text}")
+
+
+def estimate_lines(found: Estimate, *, asks_gpu: bool) -> list[tuple[str, str]]:
+    """What `kddata plan` prints, as (name, text)."""
+    counted = f"; {found.counted_shards} counted, the others taken to be like them"
+    where = "a GPU" if found.device == "cuda" else "CPU"
+    slow = ", although the job asks for GPUs: theirs will be another" if asks_gpu and found.device != "cuda" else ""
+    some = "" if found.students == 1 else "s"
+    return [
+        (
+            "images",
+            f"{found.images:,} in {found.image_shards:,} shards"
+            + (counted if found.counted_shards < found.image_shards else ""),
+        ),
+        ("views", f"{found.views:,}"),
+        ("units", f"{found.units:,}, and {found.files:,} files in all"),
+        ("size", f"{_bytes(found.bytes)}, at {found.bytes_per_view:.1f} B a view ({found.probed_views} probed)"),
+        ("speed", f"{found.views_per_s:,.0f} views/s for one teacher on this machine's {where}{slow}"),
+        ("time", f"{clock(found.hours * 3600)} with {found.teachers} such teacher{'s' * (found.teachers != 1)}"),
+        (
+            "pays",
+            f"from {found.students} student{some} on, against the teacher in the loop ({found.passes} "
+            f"pass{'es' * (found.passes != 1)} over the views each; its forward pass alone: "
+            f"{found.teacher_views_per_s:,.0f} views/s)",
+        ),
+    ]
+
+
+def _bytes(count: int) -> str:
+    """A number of bytes with three digits and a unit."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
 
 
 def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:

@@ -22,12 +22,15 @@ from kddata.labelling.job import (
     prepare,
     require_distinct,
 )
+from kddata.labelling.planning import Estimate, estimate
 from kddata.labelling.unit import hashed_by_draw, label_unit
 
 __all__ = [
+    "Estimate",
     "Labelled",
     "LabellingJob",
     "check_bad_images",
+    "estimate",
     "finish",
     "hashed_by_draw",
     "is_tidy",

@@ -8,7 +8,7 @@ formats (arrow and tar), tally, verify, store.
 """
 
 from kddata.store.lock import Driver, driving, require_free
-from kddata.store.manifest import IndexedShard, Receipt, Unit
+from kddata.store.manifest import IndexedShard, Receipt, Unit, plan_units
 from kddata.store.rows import LabelRows
 from kddata.store.storage import open_storage
 from kddata.store.store import LabelStore
@@ -24,6 +24,7 @@ __all__ = [
     "Unit",
     "driving",
     "open_storage",
+    "plan_units",
     "require_free",
     "verify_store",
 ]

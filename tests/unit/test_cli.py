@@ -24,6 +24,7 @@ from kddata.views import ViewPlan, pixel_hash
 COMMANDS = (
     "pack",
     "label",
+    "plan",
     "extend",
     "train",
     "inspect",

@@ -1,0 +1,80 @@
+"""`kddata plan`: what it says of a job is what the job then makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kddata.cli import app
+from kddata.errors import ConfigError
+from kddata.labelling import LabellingJob, estimate, label_store
+from kddata.testing import fake_teacher_args, make_images
+from kddata.views import ViewPlan
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> LabellingJob:
+    make_images(tmp_path / "images", num_images=14)
+    return LabellingJob(
+        images=str(tmp_path / "images"),
+        store=str(tmp_path / "store"),
+        teacher=fake_teacher_args(),
+        plan=ViewPlan(),
+        views_per_image=6,
+        k=3,
+        unit_images=3,
+        unit_views=4,
+    )
+
+
+def test_an_estimate_counts_what_labelling_then_makes(job: LabellingJob) -> None:
+    found = estimate(job, teachers=2, passes=3)
+    assert not Path(job.store).exists()
+    store = label_store(job).store
+    info = store.info()
+    assert (found.images, found.views, found.units) == (14, info["rows"], info["units"])
+    assert found.files == len(store.storage.sizes())
+    assert found.counted_shards == found.image_shards == info["images"]["shards"]
+    assert found.hours == pytest.approx(found.views / found.views_per_s / 2 / 3600)
+    assert found.students == max(1, math.ceil(found.teacher_views_per_s / (found.views_per_s * 3)))
+
+
+def test_bytes_are_those_of_a_unit_of_the_probe(job: LabellingJob) -> None:
+    """A job of one unit that the probe covers whole: the estimate is exact."""
+    shard = sorted(Path(str(job.images)).glob("*.tar"))[0]
+    job = dataclasses.replace(job, images=str(shard), unit_images=1024, unit_views=None)
+    found = estimate(job)
+    assert found.bytes == label_store(job).store.info()["bytes"]
+
+
+def test_shards_beyond_the_first_few_are_taken_to_be_like_those_counted(job: LabellingJob) -> None:
+    whole = estimate(job)
+    found = estimate(job, counted_shards=1)
+    assert (found.counted_shards, found.image_shards) == (1, whole.image_shards)
+    assert abs(found.images - whole.images) <= whole.image_shards
+
+
+def test_values_below_one_are_refused(job: LabellingJob) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        estimate(job, passes=0)
+
+
+def test_the_command_prints_lines_or_json_and_leaves_no_store(job: LabellingJob, tmp_path: Path) -> None:
+    file = tmp_path / "label.yaml"
+    args = job.teacher
+    teacher = f"{{arch: '{args.arch}', num_classes: {args.num_classes}, size_px: {args.size_px}}}"
+    file.write_text(
+        f"images: {job.images}\nstore: {job.store}\nteacher: {teacher}\nviews: {{per_image: 6}}\nlabels: {{k: 3}}\n"
+    )
+    text = CliRunner().invoke(app, ["plan", str(file)], catch_exceptions=False).stdout
+    assert "images       14 in" in text
+    assert "views        84\n" in text
+    assert "pays         from " in text
+    done = CliRunner().invoke(app, ["plan", str(file), "--passes", "2", "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["passes"] == 2
+    assert not Path(job.store).exists()
