@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kddata import __version__, losses
+from kddata import __version__, losses, rng
 from kddata.cards import differences
 from kddata.errors import ConfigError, StoreMismatchError, TeacherError
 from kddata.images import open_source
@@ -29,6 +29,7 @@ from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_load
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
 from kddata.training.checks import check_job, content_sha256, identity, require_same_start
+from kddata.training.head import Answering, folded, require_foldable
 from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
@@ -113,7 +114,10 @@ def train(
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, device)
     student = _student(job, pixels_of, device)
-    optimizer = _optimizer(job.optimizer, student)
+    parts = _parts(job, method, student, pixels_of, device)
+    pupil = student if parts is None else _Pupil(student, parts)
+    optimizer = _optimizer(job.optimizer, pupil)
+    answering = student if method.head is None else Answering(student, lambda x: method.answer(x, parts))
     loss_S: list[float] = []
     cached_loss_S: list[float] = []
     epochs: list[dict[str, Any]] = []
@@ -121,6 +125,8 @@ def train(
     if checkpoint is not None:
         student.load_state_dict(checkpoint["student"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if parts is not None:
+            parts.load_state_dict(checkpoint["parts"])
         loss_S, epochs = checkpoint["loss_S"].tolist(), json.loads(checkpoint["epochs"])
         cached_loss_S = checkpoint["cached_loss_S"].tolist()
     require_same_start(len(loss_S), world_size, device, where=job.run)
@@ -143,7 +149,7 @@ def train(
     per_epoch = replay.steps_per_epoch
     num_steps = job.optimizer.epochs * per_epoch
     steps = training_steps(
-        wrap(student),
+        wrap(pupil),
         step_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=on_gpu),
         optimizer,
         method,
@@ -151,6 +157,7 @@ def train(
         learning_rate=lambda step: job.optimizer.learning_rate(step, per_epoch),
         pixels_of=pixels_of,
         teach=teach,
+        parts=parts,
         seed=job.data.seed,
         rank=rank,
         world_size=world_size,
@@ -181,13 +188,15 @@ def train(
                 "seconds": of_epoch.seconds,
             }
             if exam is not None and job.evaluate is not None and job.evaluate.is_due(len(epochs), job.optimizer.epochs):
-                record |= predict(student, exam, pixels_of).score().summary()
+                record |= predict(answering, exam, pixels_of).score().summary()
             epochs.append(record)
             of_epoch = Meter()
         if save:
-            require_finite(student, step)
+            require_finite(pupil, step)
         if save and rank == 0:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+            if parts is not None:
+                state["parts"] = parts.state_dict()
             losses_S = {"loss_S": loss_S, "cached_loss_S": cached_loss_S}
             history = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses_S.items()}
             run.save_checkpoint(taken, state | history | {"epochs": json.dumps(epochs)})
@@ -206,6 +215,8 @@ def train(
         unseen, of_look = [], Meter()
 
     metrics: dict[str, Any] = {"loss_S": loss_S, "epochs": epochs, "cached_loss_S": cached_loss_S}
+    if method.head is not None:
+        student = folded(student, lambda x: method.answer(x, parts), job.student.num_classes, where=job.student.arch)
     card = _card(job, store, student, epochs[-1])
     if rank == 0:
         run.finish(student.state_dict(), card=card, metrics=metrics)
@@ -246,6 +257,36 @@ def _student(job: TrainingJob, pixels_of: Callable[[Tensor], Tensor], device: st
             fix="set student.num_classes to the width of the network's output",
         )
     return student
+
+
+class _Pupil(nn.Module):
+    """Answers as the student; holds the method's parts too, so that ranks share their gradients."""
+
+    def __init__(self, student: nn.Module, parts: nn.Module) -> None:
+        super().__init__()
+        self.student, self.parts = student, parts
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.student(pixels)
+
+
+def _parts(
+    job: TrainingJob, method: Method, student: nn.Module, pixels_of: Callable[[Tensor], Tensor], device: str
+) -> nn.Module | None:
+    """What the method learns beside the student, from random numbers of the run's seed; None where it has none.
+
+    Raises ConfigError where the method has a head and the student cannot take it in at the end.
+    """
+    if not method.needs.parts:
+        return None
+    num_classes, size_px = job.student.num_classes, job.data.size_px
+    if method.head is not None:
+        pixels = pixels_of(torch.arange(3 * size_px**2).remainder(256).view(1, 3, size_px, size_px).to(torch.uint8))
+        require_foldable(student, pixels, num_classes, where=job.student.arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(rng.key_bytes(job.data.seed, "parts")[:8], "little"))
+        parts = method.parts({"logits": (num_classes,)}, {})
+    return parts.to(device)
 
 
 def _teacher_in_the_loop(args: TeacherArgs, store: LabelStore, device: str) -> Callable[[Batch], SoftLabels]:

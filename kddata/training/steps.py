@@ -12,6 +12,7 @@ Shapes: B rows of this rank's share of a step, C classes.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,7 @@ def training_steps(
     learning_rate: Callable[[int], float],
     pixels_of: Callable[[Tensor], Tensor],
     teach: Callable[[Batch], SoftLabels] | None = None,
+    parts: nn.Module | None = None,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -69,6 +71,7 @@ def training_steps(
         learning_rate: of a step.
         pixels_of: uint8 views -> the network's input, on its device.
         teach: labels of a batch, in place of the stored ones.
+        parts: what the method learns beside the student, where it has any; `network` holds it too.
     """
     begin = time.perf_counter()
     for number, batch in enumerate(batches, first_step):
@@ -84,11 +87,14 @@ def training_steps(
         pair: dict[str, Any] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
             pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
+        before = copy.deepcopy(parts) if teach is not None else None  # a loss may count its calls
         loss_of = partial(_mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair)
-        loss = loss_of(logits_BC, labels)
+        look = {"parts": parts, "image_ids": batch.image_ids} if method.needs.sees else {}
+        loss = loss_of(logits_BC, labels, look=look)
         cached_loss = None
         if teach is not None:
-            cached_loss = loss_of(logits_BC.detach(), batch.labels.to(logits_BC.device, non_blocking=True))
+            stored = batch.labels.to(logits_BC.device, non_blocking=True)
+            cached_loss = loss_of(logits_BC.detach(), stored, look={**look, "parts": before} if look else {}).detach()
         optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
         optimizer.step()
@@ -107,10 +113,17 @@ def training_steps(
 
 
 def _mean_loss(
-    method: Method, logits_BC: Tensor, labels: SoftLabels, *, targets_B: Tensor, rows: int, pair: dict[str, Any]
+    method: Method,
+    logits_BC: Tensor,
+    labels: SoftLabels,
+    *,
+    targets_B: Tensor,
+    rows: int,
+    pair: dict[str, Any],
+    look: dict[str, Any],
 ) -> Tensor:
     """This rank's part of the mean loss over a step's rows."""
-    return method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair).sum() / rows
+    return method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair, **look).sum() / rows
 
 
 def mean_losses(steps: list[Step], world_size: int) -> list[float]:
