@@ -69,7 +69,7 @@ def in_turn(job: LabellingJob, rounds: int) -> dict[str, object]:
     teacher, source = load_job_teacher(job), open_source(job.images)
     ratios, seconds, views = [], {"bare_loop": 0.0, "label_unit": 0.0}, 0
     for turn in range(rounds):
-        store = prepare(dataclasses.replace(job, store=f"{job.store}-{turn}"), card=teacher.card)
+        store = prepare(dataclasses.replace(job, store=f"{job.store}-{turn}"), teacher=teacher)
         units = store.units()
         bare_loop(store, units[0], source, teacher)  # warms up
         for unit in units:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +65,23 @@ class TeacherCard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Output:
+    """A tensor that a store holds for every view, beside the labels: its name (see `kddata.features`) and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shape or min(self.shape) < 1:
+            raise ConfigError("an output has a fixed shape of positive sizes", actual=self.shape, where=self.name)
+
+    @property
+    def size(self) -> int:
+        """Numbers a view, each of 2 bytes."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreSpec:
     """All that the meaning and the bytes of a store's labels depend on, apart from the images.
 
@@ -75,6 +94,7 @@ class StoreSpec:
         temperatures: at which the tail mass is stored.
         codec: how label values are rounded and packed.
         format: of the shard files.
+        outputs: tensors of the teacher that are kept beside its labels, as float16.
         unit_images: at most so many images of one image shard are one unit.
         unit_views: so many views are in a unit; None for all.
         batch_size: of the teacher's forward pass; it changes last bits, as do the next two.
@@ -89,6 +109,7 @@ class StoreSpec:
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
     format: Format = "arrow"
+    outputs: tuple[Output, ...] = ()
     unit_images: int = 1024
     unit_views: int | None = None
     batch_size: int = 16
@@ -109,16 +130,34 @@ class StoreSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is at least 1", actual=value)
+        names = [output.name for output in self.outputs]
+        if len(set(names)) < len(names):
+            raise ConfigError("labels.outputs names each output once", actual=names)
         object.__setattr__(self, "temperatures", declare(self.temperatures))
 
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the canonical JSON of every field."""
-        return hashlib.sha256(canonical_json(dataclasses.asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; `from_json` is its inverse."""
-        return json.loads(canonical_json(dataclasses.asdict(self)))
+        """As plain JSON values; `from_json` is its inverse. Fields that came later are left out at their defaults."""
+        value = json.loads(canonical_json(dataclasses.asdict(self)))
+        if not self.outputs:
+            del value["outputs"]
+        return value
+
+    def require_outputs(self, names: Sequence[str], *, where: str) -> None:
+        """Raises ConfigError naming the outputs that a store of this spec does not hold."""
+        held = [output.name for output in self.outputs]
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise ConfigError(
+                f"the store holds the outputs {', '.join(names)}",
+                actual=f"without {', '.join(missing)}; it holds {', '.join(held) or 'none'}",
+                where=where,
+                fix=f"label again with labels.outputs naming {missing[0]}",
+            )
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> StoreSpec:
@@ -132,7 +171,8 @@ class StoreSpec:
             )
         plan = _build(ViewPlan, data["plan"])
         teacher = _build(TeacherCard, data["teacher"])
-        return _build(cls, {**data, "plan": plan, "teacher": teacher})
+        outputs = tuple(_build(Output, output) for output in data.get("outputs", ()))
+        return _build(cls, {**data, "plan": plan, "teacher": teacher, "outputs": outputs})
 
     def require_equal(self, other: StoreSpec, *, where: str) -> None:
         """Raises StoreMismatchError naming every field in which a stored spec (self) and a wanted one differ."""

@@ -202,6 +202,7 @@ def summary(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"sha256 {teacher['weights_sha256']}"),
         ("views", f"{info['views_per_image']} an image, {crop}, {plan['interpolation']}, seed {plan['seed']}"),
         ("labels", f"k = {spec['k']} of {teacher['num_classes']}, temperatures {spec['temperatures']}"),
+        ("outputs", ", ".join(f"{x['name']} {x['shape']}" for x in spec.get("outputs", ())) or "none"),
         ("images", f"{info['labelled_images']:,} in {info['images']['shards']} shards, {info['bad_images']} bad"),
         ("", str(info["images"]["location"])),
         ("rows", f"{info['rows']:,} in {info['units']:,} units"),

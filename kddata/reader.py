@@ -27,6 +27,7 @@ _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 def order_of(store: LabelStore, seed: int) -> Order:
     """The order of a store's rows for a seed. Its windows depend on the store alone, never on the machine."""
     label_bytes = 8 * store.spec.k + 4 * len(store.spec.temperatures)  # int32 ids, float32 log-probabilities
+    label_bytes += 2 * sum(output.size for output in store.spec.outputs)
     rows = window_rows_for(_ROW_BYTES + label_bytes)
     return Order(rows_per_unit=store.rows_per_unit, seed=seed, window_rows=rows)
 
@@ -74,8 +75,8 @@ class _Held(NamedTuple):
 class Reader:
     """Label rows and image bytes at positions of an epoch. Owns the window that was read last."""
 
-    def __init__(self, store: LabelStore, source: ImageSource, order: Order) -> None:
-        self._store, self._source, self._order = store, source, order
+    def __init__(self, store: LabelStore, source: ImageSource, order: Order, *, outputs: Sequence[str] = ()) -> None:
+        self._store, self._source, self._order, self._outputs = store, source, order, tuple(outputs)
         self._held: _Held | None = None
 
     def read(self, epoch: int, start: int, stop: int) -> Read:
@@ -108,7 +109,7 @@ class Reader:
         window, mixed = self._order.window_at(epoch, position), self._store.spec.plan.has_mix
         kept, places, partners, size = [], [], [], 0
         for unit, first, last in window.pieces:
-            rows = self._store.read(unit)
+            rows = self._store.read(unit, outputs=self._outputs)
             if mixed:
                 partner = rows.partners()
                 partners.append(np.where(partner < 0, -1, partner + size))

@@ -11,7 +11,7 @@ Shapes: B rows of this rank's share of a step, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
 import torch
@@ -42,6 +42,7 @@ class Batch:
         image_ids, view_indices: which view of which image each row is.
         step_rows: rows of the step over all ranks; a mean over ranks weighs this share by B / step_rows * world size.
         teacher_pixels_u8: the same views at a second size, for a teacher in the loop, or None.
+        outputs: stored tensors of the teacher that were asked for, by name, float16 [B, ...].
     """
 
     pixels_u8_B3SS: Tensor
@@ -53,15 +54,17 @@ class Batch:
     teacher_pixels_u8: Tensor | None = None
     targets2_B: Tensor | None = None
     lam_B: Tensor | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for DataLoader(pin_memory=True)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
         pinned = {key: x.pin_memory() for key, x in values.items() if isinstance(x, (Tensor, SoftLabels))}
-        return replace(self, **pinned)  # type: ignore[arg-type]
+        outputs = {name: x.pin_memory() for name, x in self.outputs.items()}
+        return replace(self, outputs=outputs, **pinned)  # type: ignore[arg-type]
 
 
 class _Form(TypedDict):
@@ -83,9 +86,11 @@ class Replay(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         teacher_px: int | None = None,
+        outputs: Sequence[str] = (),
     ) -> None:
+        store.spec.require_outputs(outputs, where=store.url)
         rows = order_of(store, seed)
-        self._reader = Reader(store, open_images(store, images), rows)
+        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
         self._sizes_px = [size_px] if teacher_px is None else [size_px, teacher_px]
@@ -124,6 +129,7 @@ class Replay(Dataset[Batch]):
             view_indices=rows.view.tolist(),
             step_rows=stop - start,
             teacher_pixels_u8=pixels[1] if len(pixels) > 1 else None,
+            outputs={name: torch.from_numpy(value) for name, value in rows.outputs.items()},
         )
 
     def _check_classes(self, rows: LabelRows) -> None:
@@ -151,6 +157,7 @@ def loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     teacher_px: int | None = None,
+    outputs: Sequence[str] = (),
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -161,6 +168,7 @@ def loader(
         images: where the images lie now, if they moved since they were labelled.
         num_workers: processes that read and render ahead, each with one torch thread; 0 for the calling one.
         teacher_px: also render each view at this size.
+        outputs: names of stored outputs that batches are to hold.
     """
     replay = Replay(
         store,
@@ -171,6 +179,7 @@ def loader(
         rank=rank,
         world_size=world_size,
         teacher_px=teacher_px,
+        outputs=outputs,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kddata import builders, rng
 from kddata.cards import Dtype, MemoryFormat, TeacherCard
 from kddata.errors import TeacherError
+from kddata.features import Capture
 
 _NAMED_MISFITS = 5
 
@@ -37,6 +38,10 @@ class Answers(Protocol):
 
     def __call__(self, pixels_u8_B3SS: Tensor) -> Tensor:
         """float32 [B, C] logits on the CPU, for uint8 views of the card's size, any B."""
+        ...
+
+    def answer(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same logits, and the outputs [B, ...] that the teacher was loaded to give, on the CPU, by name."""
         ...
 
 
@@ -76,6 +81,7 @@ class Teacher:
         batch_size: int = 16,
         threads: int = 1,
         memory_format: MemoryFormat = "channels_last",
+        outputs: Sequence[str] = (),
     ) -> None:
         self.card = card
         self._device = torch.device(device)
@@ -84,6 +90,7 @@ class Teacher:
         self._dtype = torch.bfloat16 if card.dtype == "bfloat16" else torch.float32
         network = network.eval().requires_grad_(False).to(self._device, self._dtype)
         self._network = network.to(memory_format=self._layout)
+        self._capture = Capture(self._network, outputs)
         self._take_statistics()
 
     def _take_statistics(self) -> None:
@@ -91,9 +98,16 @@ class Teacher:
             torch.tensor(values, device=self._device)[:, None, None] for values in (self.card.mean, self.card.std)
         )
 
-    @torch.inference_mode()
     def __call__(self, pixels_u8_B3SS: Tensor) -> Tensor:
         """float32 [B, C] logits on the CPU. Raises TeacherError where the network's answer has another shape."""
+        return self.answer(pixels_u8_B3SS)[0]
+
+    @torch.inference_mode()
+    def answer(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits, and float32 outputs [B, ...] by name, on the CPU. Raises like a call.
+
+        Where there are no views, there are no outputs either.
+        """
         size_px = self.card.size_px
         if pixels_u8_B3SS.dtype != torch.uint8 or tuple(pixels_u8_B3SS.shape[1:]) != (3, size_px, size_px):
             raise ValueError(
@@ -102,7 +116,10 @@ class Teacher:
             )
         with _torch_threads(self._threads), _exact_cudnn():
             parts = [self._forward(chunk) for chunk in pixels_u8_B3SS.split(self._batch_size)]
-        return torch.cat(parts) if parts else torch.empty(0, self.card.num_classes)
+        if not len(pixels_u8_B3SS):
+            return torch.empty(0, self.card.num_classes), {}
+        outputs = {name: torch.cat([outputs[name] for _, outputs in parts]) for name in parts[0][1]}
+        return torch.cat([logits for logits, _ in parts]), outputs
 
     def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Teacher:
         """The same network fed pixels that are normalised otherwise. Nothing is copied."""
@@ -111,7 +128,7 @@ class Teacher:
         other._take_statistics()
         return other
 
-    def _forward(self, pixels_u8_B3SS: Tensor) -> Tensor:
+    def _forward(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         num_views, wanted = len(pixels_u8_B3SS), (self._batch_size, self.card.num_classes)
         padded = pixels_u8_B3SS.new_zeros(self._batch_size, *pixels_u8_B3SS.shape[1:])
         padded[:num_views] = pixels_u8_B3SS
@@ -124,7 +141,8 @@ class Teacher:
                 where=self.card.arch,
                 fix="set teacher.num_classes to the width of the network's output",
             )
-        return logits[:num_views].float().cpu()
+        outputs = {name: x[:num_views].float().cpu() for name, x in self._capture.take().items()}
+        return logits[:num_views].float().cpu(), outputs
 
 
 def load_teacher(
@@ -134,8 +152,12 @@ def load_teacher(
     batch_size: int = 16,
     threads: int = 1,
     memory_format: MemoryFormat = "channels_last",
+    outputs: Sequence[str] = (),
 ) -> Teacher:
     """A teacher, ready to answer: built, loaded, fingerprinted, and asked once about a black view.
+
+    Args:
+        outputs: names of the tensors inside it that `answer` gives too; see `kddata.features`.
 
     Raises TeacherError for an unknown architecture, weights that are missing or do not fit, a class list of another
     length than num_classes, or an answer of another width.
@@ -160,7 +182,15 @@ def load_teacher(
         std=args.std,
         dtype=args.dtype,
     )
-    teacher = Teacher(network, card, device=device, batch_size=batch_size, threads=threads, memory_format=memory_format)
+    teacher = Teacher(
+        network,
+        card,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        memory_format=memory_format,
+        outputs=outputs,
+    )
     try:
         teacher(torch.zeros(1, 3, args.size_px, args.size_px, dtype=torch.uint8))
     except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for an input of another size

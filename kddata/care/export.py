@@ -65,7 +65,9 @@ def export_parquet(
         open_storage(folder or ("/" if out.startswith("/") else ".")).replacing(name) as file,
         parquet.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        for rows in rebatch(_units(store), max(1, min(_GROUP_ROWS, _GROUP_VALUES // spec.k))):
+        for rows in rebatch(
+            _units(store), max(1, min(_GROUP_ROWS, _GROUP_VALUES // max([spec.k, *(o.size for o in spec.outputs)])))
+        ):
             writer.write_batch(_to_batch(store, rows, schema), row_group_size=len(rows))
             done, groups = done + len(rows), groups + 1
             on_rows(done, store.num_rows)
@@ -103,6 +105,7 @@ def _schema(store: LabelStore) -> pa.Schema:
         pa.field("length", pa.int64(), nullable=False),
         pa.field("image_hash", pa.uint64(), nullable=False),
         pa.field("pixel_hash", pa.uint64()),
+        *(pa.field(f"output.{output.name}", pa.list_(pa.float32()), nullable=False) for output in spec.outputs),
     ]
     return pa.schema(fields, metadata={b"kddata": canonical_json(about).encode()})
 
@@ -123,6 +126,7 @@ def _to_batch(store: LabelStore, rows: LabelRows, schema: pa.Schema) -> pa.Recor
         pa.array([store.images[shard].name for shard in rows.source.tolist()], pa.string()),
         *(pa.array(getattr(rows, name)) for name in ("offset", "length", "image_hash")),
         pa.array(rows.pixel_hash, mask=~rows.has_pixel_hash),
+        *(_lists(rows.outputs[o.name].reshape(len(rows), -1).astype(np.float32)) for o in store.spec.outputs),
     ]
     return pa.record_batch(arrays, schema=schema)
 

@@ -98,7 +98,7 @@ def _require_same(
 ) -> None:
     """Raises StoreMismatchError naming the fields in which the job is not the one that the store was labelled by."""
     asked = manifest.header(
-        job_spec(job, teacher.card),
+        job_spec(job, teacher),
         location=store.location,  # images may have moved
         kind=source.kind,
         views_per_image=job.views_per_image,

@@ -160,6 +160,10 @@ class _OneAtATime:
         with self._lock:
             return self._teacher(pixels_u8_B3SS)
 
+    def answer(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._lock:
+            return self._teacher.answer(pixels_u8_B3SS)
+
 
 class _Tally:
     """Sums over the receipts of a store: those that were there, and those that come."""

@@ -72,12 +72,15 @@ class Labels(Section):
     """`labels:` what is kept of each answer, and how.
 
     format: arrow; tar, for the webdataset library; or tar+images, with the images' bytes beside their labels.
+    outputs: tensors inside the teacher to keep as float16: embedding, features:NODE, attention:NODE, fsp:NODE:NODE,
+    where NODE is the dotted name of a module, such as layer2.
     """
 
     k: Count
     temperatures: tuple[Positive, ...] = (1.0,)
     codec: Literal["exact", "compact"] = "exact"
     format: Literal["arrow", "tar", "tar+images"] = "arrow"
+    outputs: tuple[str, ...] = ()
 
 
 class Units(Section):
@@ -155,6 +158,7 @@ def label_job(file: LabelFile) -> LabellingJob:
         temperatures=file.labels.temperatures,
         codec=file.labels.codec,
         format=file.labels.format,
+        outputs=file.labels.outputs,
         unit_images=file.units.images,
         unit_views=file.units.views,
         bad_images=file.limits.bad_images,

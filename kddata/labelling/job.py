@@ -14,13 +14,15 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from kddata.cards import Codec, Format, MemoryFormat, StoreSpec, TeacherCard
+from kddata.cards import Codec, Format, MemoryFormat, Output, StoreSpec
 from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
 from kddata.images import ImageSource, open_source
 from kddata.labelling.unit import label_unit
 from kddata.store import LabelStore, Receipt, Unit, driving
-from kddata.teacher import Teacher, TeacherArgs, load_teacher
+from kddata.teacher import Answers, Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
 _NAMED = 5
@@ -39,6 +41,7 @@ class LabellingJob:
         views_per_image: V.
         first_view: index of the first of them, for stores that are labelled apart and merged.
         k, temperatures, codec: what is kept of an answer.
+        outputs: names of the tensors inside the teacher that are kept too; see `kddata.features`.
         format: of the label files.
         unit_images, unit_views: most images, and views, of a unit.
         bad_images: share of all images that may be bad; past it the job fails.
@@ -57,6 +60,7 @@ class LabellingJob:
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
     format: Format = "arrow"
+    outputs: tuple[str, ...] = ()
     unit_images: int = 1024
     unit_views: int | None = None
     bad_images: float = 0.001
@@ -92,9 +96,9 @@ def label_store(
     teacher = load_job_teacher(job)
     if not extend and is_tidy(job.store):
         _log.info("%s is finished: nothing to do", job.store)
-        return Labelled(store=prepare(job, card=teacher.card), new_units=0)
+        return Labelled(store=prepare(job, teacher=teacher), new_units=0)
     with driving(job.store) as driver:
-        store = prepare(job, card=teacher.card, extend=extend)
+        store = prepare(job, teacher=teacher, extend=extend)
         if store.manifest is not None:
             store.commit()  # an earlier driver may have died while it tidied up
             return Labelled(store=store, new_units=0)
@@ -129,21 +133,22 @@ def load_job_teacher(job: LabellingJob) -> Teacher:
         batch_size=job.batch_size,
         threads=job.threads,
         memory_format=job.memory_format,
+        outputs=job.outputs,
     )
 
 
-def prepare(job: LabellingJob, *, card: TeacherCard | None = None, extend: bool = False) -> LabelStore:
+def prepare(job: LabellingJob, *, teacher: Teacher | None = None, extend: bool = False) -> LabelStore:
     """The store of a job with all its images indexed, ready to be labelled or finished already.
 
     Args:
-        card: of the job's teacher. Without one, the teacher is loaded on the CPU to make it, and dropped.
+        teacher: the job's. Without it, it is loaded on the CPU to know what it is, and dropped.
         extend: the store is finished, and the job has more views an image, or image shards after those it had, which
             become its next generation. Its `units` are the new ones; what is there stays byte for byte.
 
     Raises SourceError for no images or an id that occurs twice, StoreMismatchError for a store that was begun with
     other values, ConfigError for values that no store can have, TeacherError for a teacher that cannot be loaded.
     """
-    spec = job_spec(job, card or load_job_teacher(dataclasses.replace(job, device="cpu")).card)
+    spec = job_spec(job, teacher or load_job_teacher(dataclasses.replace(job, device="cpu")))
     source = open_source(job.images)
     names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
     views: dict[str, Any] = {"views_per_image": job.views_per_image, "first_view": job.first_view}
@@ -158,15 +163,19 @@ def prepare(job: LabellingJob, *, card: TeacherCard | None = None, extend: bool 
     return store
 
 
-def job_spec(job: LabellingJob, card: TeacherCard) -> StoreSpec:
-    """The spec of the store of a job whose teacher has this card."""
+def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
+    """The spec of the store of a job with its teacher, which is asked about a black view where it has outputs."""
+    outputs: dict[str, Tensor] = {}
+    if job.outputs:
+        _, outputs = teacher.answer(torch.zeros(1, 3, job.teacher.size_px, job.teacher.size_px, dtype=torch.uint8))
     return StoreSpec(
         plan=job.plan,
-        teacher=card,
+        teacher=teacher.card,
         k=job.k,
         temperatures=job.temperatures,
         codec=job.codec,
         format=job.format,
+        outputs=tuple(Output(name=name, shape=tuple(outputs[name].shape[1:])) for name in job.outputs),
         unit_images=job.unit_images,
         unit_views=job.unit_views,
         batch_size=job.batch_size,

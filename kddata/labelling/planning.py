@@ -126,7 +126,7 @@ def _probe(
     """(bytes a view, views a second, views) of one small unit, labelled in a folder of its own."""
     in_unit = min(job.views_per_image, job.unit_views or job.views_per_image, _PROBE_VIEWS_AN_IMAGE)
     refs = refs[: max(1, min(job.unit_images, probe_views // in_unit))]
-    spec = dataclasses.replace(job_spec(job, teacher.card), unit_images=len(refs), unit_views=in_unit)
+    spec = dataclasses.replace(job_spec(job, teacher), unit_images=len(refs), unit_views=in_unit)
     with tempfile.TemporaryDirectory(prefix="kddata-probe-") as folder:
         store = LabelStore.begin(folder, spec=spec, location=source.location, kind=source.kind, views_per_image=in_unit)
         store.write_index(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kddata import rng
-from kddata.cards import StoreSpec
+from kddata.cards import Output, StoreSpec
 from kddata.errors import BadImageError, StoreMismatchError, TeacherError
 from kddata.images import ImageRef, ImageSource, decode, image_again, image_hash
 from kddata.labelling.mixing import Partners
@@ -128,7 +128,12 @@ def _draw(plan: ViewPlan, unit: Unit, image_id: str, image: Tensor, max_pixels: 
 
 def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) -> LabelRows:
     """The rows of a batch of views."""
-    logits_BC = teacher(torch.stack([cut.pixels for cut in batch]))
+    pixels = torch.stack([cut.pixels for cut in batch])
+    outputs: dict[str, Tensor] = {}
+    if spec.outputs:
+        logits_BC, outputs = teacher.answer(pixels)
+    else:
+        logits_BC = teacher(pixels)
     wanted = (len(batch), spec.teacher.num_classes)
     if tuple(logits_BC.shape) != wanted:
         raise TeacherError(
@@ -164,7 +169,28 @@ def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) ->
         image_hash=np.array([cut.image_hash for cut in batch], dtype=np.uint64),
         pixel_hash=np.array([cut.pixel_hash or 0 for cut in batch], dtype=np.uint64),
         has_pixel_hash=np.array([cut.pixel_hash is not None for cut in batch]),
+        outputs={output.name: _half(outputs[output.name], output, batch, spec) for output in spec.outputs},
     )
+
+
+def _half(value: Tensor, output: Output, batch: list[_Cut], spec: StoreSpec) -> np.ndarray:
+    """An output as it is stored. Raises TeacherError for another shape, or for what float16 cannot hold."""
+    half = value.half()
+    wanted, where = (len(batch), *output.shape), f"output {output.name} of {spec.teacher.arch}"
+    if tuple(half.shape) != wanted:
+        raise TeacherError(
+            "an output has one shape for all views", actual=f"{tuple(half.shape)}, not {wanted}", where=where
+        )
+    finite_B = torch.isfinite(half.flatten(1)).all(1)
+    if not bool(finite_B.all()):
+        worst = int((~finite_B).nonzero()[0])
+        raise TeacherError(
+            "outputs are stored as float16, up to 65504",
+            actual=f"{value[worst].abs().max().item():g} for image {batch[worst].ref.image_id}",
+            where=where,
+            fix="name an output of smaller values, such as attention or another node",
+        )
+    return half.numpy()
 
 
 def _batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -1,8 +1,9 @@
 """Losses on cached soft labels. Each is a plain function of logits and labels; `make` builds one by its name."""
 
+from kddata.features import attention_map, fsp_matrix
 from kddata.losses.ab import ab_loss
 from kddata.losses.aekt import ClassHead, aekt_loss
-from kddata.losses.at import at_loss, attention_map
+from kddata.losses.at import at_loss
 from kddata.losses.bss import boundary_samples, bss_loss
 from kddata.losses.cc import cc_loss
 from kddata.losses.crd import ContrastiveBank, contrastive_loss
@@ -10,7 +11,7 @@ from kddata.losses.ctkd import LearnedTemperature, ctkd_loss
 from kddata.losses.dist import dist_loss
 from kddata.losses.dkd import dkd_loss
 from kddata.losses.fitnets import HintRegressor, fitnets_loss
-from kddata.losses.fsp import fsp_loss, fsp_matrix
+from kddata.losses.fsp import fsp_loss
 from kddata.losses.ft import ft_loss
 from kddata.losses.hard import hard_loss
 from kddata.losses.kd import kd_loss

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kddata.losses.maps import flat, pairs, same_size, wide
+from kddata.losses.maps import flat, pairs, same_size
 
 _SMALLEST_NORM = 1e-12
-
-
-def attention_map(features_BCHW: Tensor) -> Tensor:
-    """Mean over channels of F^2: [B, H, W]. What a store keeps as `attention:NODE`."""
-    return wide(features_BCHW).square().mean(1)
 
 
 def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], *, eps: float = 0.0) -> Tensor:

@@ -6,22 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kddata.losses.maps import pairs, same_shape, same_size, wide
-
-
-def fsp_matrix(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-    """F_first F_second^T / HW: [B, C of first, C of second], at the smaller of the two sizes.
-
-    What a store keeps as `fsp:FIRST:SECOND`. Source: Yim et al., CVPR 2017, equation 1.
-    """
-    first, second = (x.flatten(2) for x in same_size(wide(first_BCHW), wide(second_BCHW)))
-    return first @ second.transpose(1, 2) / first.shape[2]
+from kddata.losses.maps import pairs, same_shape
 
 
 def fsp_loss(student_matrices: Sequence[Tensor], teacher_matrices: Sequence[Tensor]) -> Tensor:
-    """Sum over pairs of layers of mean (G_s - G_t)^2, G as from `fsp_matrix`: both sides have the same widths.
+    """Sum over pairs of layers of mean (G_s - G_t)^2, G as from `features.fsp_matrix`: both sides have the same widths.
 
-    The paper trains with this alone first, and with the task's loss afterwards. Source: the same, equation 2.
+    The paper trains with this alone first, and with the task's loss afterwards.
+    Source: Yim et al., CVPR 2017, equation 2.
     """
     total = student_matrices[0].new_zeros(())
     for s, t in pairs(student_matrices, teacher_matrices):

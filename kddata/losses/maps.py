@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kddata.errors import ConfigError
+from kddata.features import same_size as same_size
 from kddata.losses.rows import compute_dtype
 
 
@@ -45,15 +45,6 @@ def same_shape(student: Tensor, teacher: Tensor, fix: str) -> None:
             actual=f"{tuple(student.shape)} and {tuple(teacher.shape)}",
             fix=fix,
         )
-
-
-def same_size(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller one's H x W: the larger is averaged over its cells."""
-    size_a, size_b = a_BCHW.shape[-2:], b_BCHW.shape[-2:]
-    if size_a == size_b:
-        return a_BCHW, b_BCHW
-    size = (min(size_a[0], size_b[0]), min(size_a[1], size_b[1]))
-    return F.adaptive_avg_pool2d(a_BCHW, size), F.adaptive_avg_pool2d(b_BCHW, size)
 
 
 def wide(x: Tensor) -> Tensor:

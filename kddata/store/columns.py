@@ -7,7 +7,7 @@ view, `compact` one an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kddata.cards import StoreSpec
 from kddata.errors import LabelError, StoreDamagedError
-from kddata.store import codecs, compact, recipes
+from kddata.store import codecs, compact, outputs, recipes
 from kddata.store.rows import LabelRows
 
 _BATCH_ROWS = 8192
@@ -41,13 +41,20 @@ _AFTER = [
 def schema(spec: StoreSpec, num_views: int) -> pa.Schema:
     """The columns of the label shard of a unit with so many views of each image."""
     if spec.codec == "compact":
-        return pa.schema([*compact.fields(spec, num_views), *recipes.fields(spec, nested=num_views)])
-    return pa.schema([*_BEFORE, *codecs.fields(spec), *_AFTER, *recipes.fields(spec)])
+        return pa.schema(
+            [
+                *compact.fields(spec, num_views),
+                *recipes.fields(spec, nested=num_views),
+                *outputs.fields(spec, num_views),
+            ]
+        )
+    return pa.schema([*_BEFORE, *codecs.fields(spec), *_AFTER, *recipes.fields(spec), *outputs.fields(spec)])
 
 
 def batch_rows(spec: StoreSpec, num_views: int) -> int:
     """How many rows, of whole images, a record batch of a label shard has; only its last one may have fewer."""
-    rows = max(1, min(_BATCH_ROWS, _BATCH_VALUES // spec.k))
+    widest = max([spec.k, *(output.size for output in spec.outputs)])
+    rows = max(1, min(_BATCH_ROWS, _BATCH_VALUES // widest))
     return max(1, rows // num_views) * num_views
 
 
@@ -71,6 +78,7 @@ def encode(rows: LabelRows, spec: StoreSpec, num_views: int) -> pa.RecordBatch:
     """Rows as a batch of `schema`. Raises LabelError for what breaks its rules or the codec cannot hold."""
     if spec.codec == "compact":
         arrays = [*compact.encode(rows, spec, num_views), *recipes.encode(rows, spec, nested=num_views)]
+        arrays += outputs.encode(rows, spec, num_views)
         return pa.record_batch(arrays, schema=schema(spec, num_views))
     resize = np.zeros((len(rows), 2), np.int32) if rows.resize is None else rows.resize
     no_resize = np.full(len(rows), rows.resize is None)
@@ -85,26 +93,32 @@ def encode(rows: LabelRows, spec: StoreSpec, num_views: int) -> pa.RecordBatch:
         # What a null hides is part of the bytes.
         pa.array(np.where(rows.has_pixel_hash, rows.pixel_hash, 0).astype(np.uint64), mask=~rows.has_pixel_hash),
         *recipes.encode(rows, spec),
+        *outputs.encode(rows, spec),
     ]
     return pa.record_batch(arrays, schema=schema(spec, num_views))
 
 
-def decode(table: pa.Table, spec: StoreSpec, *, views: range, source: int, where: str) -> LabelRows:
+def decode(
+    table: pa.Table, spec: StoreSpec, *, views: range, source: int, where: str, kept: Sequence[str] | None = None
+) -> LabelRows:
     """The rows of a table of `schema`, with the rounding of their codec.
 
     Args:
         views, source: the views and the image shard of the unit.
+        kept: names of the outputs that the rows are to have; None for all.
 
     Raises StoreDamagedError for values that no labels have.
     """
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    unread = outputs.unread(spec, kept)
+    columns = {name: table[name].combine_chunks() for name in table.column_names if name not in unread}
+    held = outputs.decode(columns, spec, kept)
     resize = columns["resize"]
     if resize.null_count not in (0, len(resize)):
         raise StoreDamagedError("all views of a unit are resized, or none is", where=where)
     try:
         if spec.codec == "compact":
             rows = compact.decode(columns, spec, views=views, source=source)
-            return replace(rows, **recipes.decode(columns, spec, where=where))
+            return replace(rows, outputs=held, **recipes.decode(columns, spec, where=where))
         labels = codecs.decode([columns[field.name] for field in codecs.fields(spec)], spec)
     except LabelError as error:
         raise StoreDamagedError(error.rule, actual=error.actual, where=where) from error
@@ -123,6 +137,7 @@ def decode(table: pa.Table, spec: StoreSpec, *, views: range, source: int, where
         image_hash=_numbers(columns["image_hash"]),
         pixel_hash=_numbers(pixel_hash.fill_null(0)),
         has_pixel_hash=_numbers(pixel_hash.is_valid()),
+        outputs=held,
         **recipes.decode(columns, spec, where=where),
     )
 

@@ -148,7 +148,9 @@ def decode(columns: dict[str, pa.Array], spec: StoreSpec, *, views: range, sourc
         if resize.null_count
         else np.repeat(resize.flatten().to_numpy().reshape(num_images, 2), num_views, axis=0),
         source=np.full(num_rows, source, np.int32),
-        **{name: np.repeat(values, num_views) for name, values in numbers.items()},
+        offset=np.repeat(numbers["offset"], num_views),
+        length=np.repeat(numbers["length"], num_views),
+        image_hash=np.repeat(numbers["image_hash"], num_views),
         pixel_hash=pixel_hash,
         has_pixel_hash=has_pixel_hash,
     )

@@ -10,7 +10,7 @@ every store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -97,8 +97,13 @@ def write_labels(
     FORMATS[spec.format].write(out, schema, about, encoded(), image_bytes)
 
 
-def read_labels(data: bytes, spec: StoreSpec, unit_number: int, *, where: str) -> LabelRows:
-    """The rows of a label shard. Raises StoreDamagedError for one that is not this unit of this store."""
+def read_labels(
+    data: bytes, spec: StoreSpec, unit_number: int, *, where: str, outputs: Sequence[str] | None = None
+) -> LabelRows:
+    """The rows of a label shard, with these outputs, or all.
+
+    Raises StoreDamagedError for one that is not this unit of this store.
+    """
     said: list[tuple[range, int]] = []
 
     def schema_of(about: dict[str, Any]) -> pa.Schema:
@@ -113,7 +118,7 @@ def read_labels(data: bytes, spec: StoreSpec, unit_number: int, *, where: str) -
 
     table = FORMATS[spec.format].read(data, schema_of, where=where)
     [(views, source)] = said
-    return columns.decode(table, spec, views=views, source=source, where=where)
+    return columns.decode(table, spec, views=views, source=source, where=where, kept=outputs)
 
 
 def _place(about: dict[str, Any], *, where: str) -> tuple[range, int]:

@@ -8,7 +8,7 @@ Letters: B rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class LabelRows:
         offset, length: of the image in its shard, in bytes (parquet: row number, and bytes), int64 [B].
         image_hash: 64 bits of the hash of the encoded image, uint64 [B].
         pixel_hash: of the rendered view, uint64 [B]; it counts where `has_pixel_hash`, bool [B], is True.
+        outputs: tensors of the teacher by name, float16 [B, ...].
     """
 
     image_id: list[str]
@@ -54,6 +55,7 @@ class LabelRows:
     image_hash: np.ndarray
     pixel_hash: np.ndarray
     has_pixel_hash: np.ndarray
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -65,6 +67,11 @@ class LabelRows:
             if array.shape != shape:
                 raise ValueError(f"LabelRows.{name} is {np.dtype(dtype)} {list(shape)}; got {list(array.shape)}")
             object.__setattr__(self, name, array)
+        for name, value in self.outputs.items():
+            if value.dtype != np.float16 or value.ndim < 2 or len(value) != len(self.image_id):
+                raise ValueError(
+                    f"output {name} is float16 [{len(self.image_id)}, ...]; got {value.dtype} {value.shape}"
+                )
         if len(self.labels) != len(self.image_id):
             raise ValueError(f"LabelRows.labels has {len(self.image_id)} rows; got {len(self.labels)}")
 
@@ -112,7 +119,8 @@ class LabelRows:
             labels, image_id = self.labels.rows(torch.from_numpy(index)), [self.image_id[i] for i in index.tolist()]
         columns = ((name, getattr(self, name)) for name in _DTYPES)
         taken: dict[str, Any] = {name: None if x is None else x[index] for name, x in columns}
-        return LabelRows(image_id=image_id, labels=labels, **taken)
+        outputs = {name: x[index] for name, x in self.outputs.items()}
+        return LabelRows(image_id=image_id, labels=labels, outputs=outputs, **taken)
 
     @staticmethod
     def concat(parts: Sequence[LabelRows]) -> LabelRows:
@@ -124,7 +132,10 @@ class LabelRows:
             if any(value is None for value in values) and not all(value is None for value in values):
                 raise ValueError(f"LabelRows that are joined all have a {name}, or none does")
             joined[name] = None if values[0] is None else np.concatenate(values)
+        if any(part.outputs.keys() != parts[0].outputs.keys() for part in parts):
+            raise ValueError("LabelRows that are joined have the same outputs")
         return LabelRows(
+            outputs={name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
             image_id=[image_id for part in parts for image_id in part.image_id],
             labels=SoftLabels.cat([part.labels for part in parts]),
             **joined,
@@ -155,4 +166,4 @@ _DTYPES: dict[str, type] = {
     "has_pixel_hash": np.bool_,
 }
 _WIDTHS = {"box": (4,), "resize": (2,)}
-assert set(_DTYPES) | {"image_id", "labels"} == {field.name for field in fields(LabelRows)}
+assert set(_DTYPES) | {"image_id", "labels", "outputs"} == {x.name for x in fields(LabelRows)}

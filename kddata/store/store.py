@@ -506,15 +506,18 @@ class LabelStore:
         """How many rows all units hold."""
         return self._committed["totals"]["rows"]
 
-    def read(self, unit: int, *, verify: bool = True) -> LabelRows:
+    def read(self, unit: int, *, verify: bool = True, outputs: Sequence[str] | None = None) -> LabelRows:
         """The rows of a unit, after checking that the file has the bytes that were written.
+
+        Args:
+            outputs: names of those that the rows are to have; None for all.
 
         Raises StoreDamagedError, naming the file, for a shard that is missing or has other bytes.
         """
         entry = self._committed["units"][unit]
         where = f"{self.url}/{entry['file']}"
         data = _read_checked(self.storage, entry["file"], entry["sha256"] if verify else None)
-        rows = formats.read_labels(data, self.spec, unit, where=where)
+        rows = formats.read_labels(data, self.spec, unit, where=where, outputs=outputs)
         if len(rows) != entry["rows"]:
             raise StoreDamagedError(f"this shard has {entry['rows']} rows", actual=len(rows), where=where)
         return rows

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kddata import rng
-from kddata.cards import Codec, Format, StoreSpec, TeacherCard
+from kddata.cards import Codec, Format, Output, StoreSpec, TeacherCard
 from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Unit
@@ -215,7 +215,14 @@ def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = 
         image_hash=np.array(hashes, dtype=np.uint64),
         pixel_hash=np.arange(len(rows)),
         has_pixel_hash=np.arange(len(rows)) % 4 == 0,
+        outputs={output.name: _made_up_output(output, rows) for output in store.spec.outputs},
     )
+
+
+def _made_up_output(output: Output, rows: list[Any]) -> np.ndarray:
+    keys = [(row[0], row[4]) for row in rows]
+    values = [rng.stream(1, output.name, *key).random(output.size) for key in keys]
+    return np.array(values, dtype=np.float16).reshape(len(rows), *output.shape)
 
 
 def made_up_image(image_id: str, *, offset: int, length: int, image_hash: int) -> tuple[str, bytes]:
@@ -248,6 +255,7 @@ def make_store(
     codec: Codec = "exact",
     format: Format = "arrow",
     plan: ViewPlan | None = None,
+    outputs: tuple[str, ...] = (),
 ) -> LabelStore:
     """A committed store of `make_images`, truly labelled by `fake_teacher`; both lie below the directory.
 
@@ -268,6 +276,7 @@ def make_store(
         unit_images=unit_images,
         codec=codec,
         format=format,
+        outputs=outputs,
     )
     return label_store(job).store
 

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from kddata.cards import StoreSpec
+from kddata.cards import Output, StoreSpec
 from kddata.errors import StoreDamagedError, StoreVersionError
 from kddata.store import LabelRows, LabelStore, Unit
 from kddata.store.columns import batch_rows, decode, encode, rebatch
 from kddata.store.formats import FORMATS, read_labels, write_labels
 from kddata.store.manifest import labels_name
+from kddata.store.rows import objects
 from kddata.store.steps import HashingWriter
 from kddata.testing import begin_small_store, made_up_image, made_up_rows, small_spec, small_store
 from kddata.views import ViewPlan
@@ -43,13 +44,15 @@ _IDS = (
 
 
 def contract_specs() -> list[StoreSpec]:
-    """A spec for every format and codec, with plain views and with mixed ones of several ops."""
-    plans = (ViewPlan(), ViewPlan(policy="randaugment", erase_p=0.5, mix="cutmix"))
+    """A spec for every format and codec, plain, and with mixed views of several ops and outputs of several shapes."""
+    mixed = ViewPlan(policy="randaugment", erase_p=0.5, mix="cutmix")
+    outputs = (Output(name="embedding", shape=(5,)), Output(name="features:body.2", shape=(2, 3, 2)))
+    base = small_spec(unit_views=None)
     return [
-        dataclasses.replace(small_spec(unit_views=None), format=format, codec=codec, plan=plan)  # type: ignore[arg-type]
+        dataclasses.replace(spec, format=format, codec=codec)  # type: ignore[arg-type]
         for format in FORMATS
         for codec in ("exact", "compact")
-        for plan in plans
+        for spec in (base, dataclasses.replace(base, plan=mixed, outputs=outputs))
     ]
 
 
@@ -76,10 +79,11 @@ def check_image_ids(spec: StoreSpec) -> None:
     """Any image id is kept, of names that no file should have too, and none is taken for another."""
     store = _begin(spec, images=(0,))
     unit = Unit(number=0, shard=0, piece=0, start=0, stop=len(_IDS), view_start=0, view_stop=1)
-    one = made_up_rows(_begin(dataclasses.replace(spec, plan=ViewPlan())), _begin(spec).units()[0]).take(slice(0, 1))
-    parts = [dataclasses.replace(one, image_id=[image_id], view=np.array([0])) for image_id in _IDS]
+    whole = _begin(spec)
+    one = made_up_rows(whole, whole.units()[0]).take(slice(0, 1))
     if spec.plan.has_mix:
-        return  # made-up mixes name partners; plain views ask the same of a format
+        one = dataclasses.replace(one, mix=objects([None]))  # it would name a partner that is not there
+    parts = [dataclasses.replace(one, image_id=[image_id], view=np.array([0])) for image_id in _IDS]
     data = _written(spec, unit, parts)
     found = _read(store, unit, data)
     assert found.image_id == list(_IDS)
@@ -224,6 +228,10 @@ def _assert_equal(found: LabelRows, wanted: LabelRows) -> None:
         if field.name == "labels":
             for name in ("ids_BK", "log_p_BK", "log_tail_BT"):
                 np.testing.assert_array_equal(getattr(mine, name).numpy(), getattr(theirs, name).numpy(), err_msg=name)
+        elif field.name == "outputs":
+            assert mine.keys() == theirs.keys()
+            for name in theirs:
+                np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
         elif field.name != "image_id":
             np.testing.assert_array_equal(mine, theirs, err_msg=field.name)
 

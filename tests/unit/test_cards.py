@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kddata.cards import StoreSpec, TeacherCard, canonical_json, differences
+from kddata.cards import Output, StoreSpec, TeacherCard, canonical_json, differences
 from kddata.errors import ConfigError, StoreMismatchError, StoreVersionError
 from kddata.views import ViewPlan
 
@@ -43,6 +43,7 @@ OTHER = {
     "temperatures": (1, 4),
     "codec": "compact",
     "format": "tar",
+    "outputs": (Output(name="embedding", shape=(8,)),),
     "unit_images": 512,
     "unit_views": 2,
     "batch_size": 8,

@@ -12,7 +12,11 @@ LAYERS = [
     {"errors", "rng"},
     {"ops"},
     {"views", "labels"},
-    {"cards", "builders"},  # cards are values too; a spec holds a plan, and temperatures as labels declare them
+    {
+        "cards",
+        "builders",
+        "features",
+    },  # cards are values too; a spec holds a plan, and temperatures as labels declare them
     {"images", "teacher", "nets", "store", "order", "losses", "evaluation", "corruption", "fashion_mnist"},
     {"labelling", "reader"},
     {"replay", "care"},

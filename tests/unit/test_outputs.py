@@ -1,0 +1,142 @@
+"""Tensors of the teacher beside its labels: asked for, labelled, stored, converted, and handed to training."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from torch import nn
+
+import kddata
+from kddata.cards import Output
+from kddata.care import convert, export_parquet
+from kddata.cli import summary
+from kddata.errors import ConfigError, StoreMismatchError, TeacherError
+from kddata.labelling import LabellingJob, label_store, load_job_teacher
+from kddata.store import LabelStore
+from kddata.teacher import TeacherArgs
+from kddata.testing import make_images
+from kddata.views import ViewPlan
+
+OUTPUTS = ("embedding", "attention:stages.1", "features:stages.2", "fsp:stages.0:stages.1")
+
+
+class Tiny(nn.Module):
+    """Three stages and a linear layer; its features grow with `scale`."""
+
+    def __init__(self, num_classes: int, scale: float = 1.0) -> None:
+        super().__init__()
+        widths = (3, 4, 6, 5)
+        self.stages = nn.Sequential(*(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)))
+        self.fc = nn.Linear(5, num_classes)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.stages(x * self.scale).mean((2, 3)))
+
+
+def tiny(num_classes: int) -> nn.Module:
+    return Tiny(num_classes)
+
+
+def loud(num_classes: int) -> nn.Module:
+    return Tiny(num_classes, scale=1e7)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_images(tmp_path_factory.mktemp("images") / "shards", num_images=12)
+
+
+def job(images: str, store: Path, builder: str = "tiny", **more: object) -> LabellingJob:
+    values = {
+        "images": images,
+        "store": str(store),
+        "teacher": TeacherArgs(arch=f"python:{__name__}:{builder}", num_classes=10, size_px=24),
+        "plan": ViewPlan(),
+        "views_per_image": 3,
+        "k": 3,
+        "outputs": OUTPUTS,
+        "batch_size": 4,
+    }
+    return LabellingJob(**(values | more))
+
+
+@pytest.mark.parametrize("codec", ["exact", "compact"])
+def test_batches_hold_what_the_teacher_would_answer_now(images: str, tmp_path: Path, codec: str) -> None:
+    made = job(images, tmp_path / "store", codec=codec, plan=ViewPlan(mix="cutmix"))
+    store = label_store(made).store
+    assert store.spec.outputs[1] == Output(name="attention:stages.1", shape=(6, 6))
+    assert [output.name for output in store.spec.outputs] == list(OUTPUTS)
+    teacher, rows = load_job_teacher(made), 0
+    for batch in kddata.loader(store, batch_size=8, size_px=24, outputs=OUTPUTS):
+        _, outputs = teacher.answer(batch.pixels_u8_B3SS)
+        for name in OUTPUTS:
+            torch.testing.assert_close(batch.outputs[name], outputs[name].half(), rtol=0, atol=0)
+        rows += len(batch)
+    assert rows == store.num_rows == 36
+
+
+def test_only_outputs_that_are_asked_for_are_held(images: str, tmp_path: Path) -> None:
+    store = label_store(job(images, tmp_path / "store")).store
+    assert all(not batch.outputs for batch in kddata.loader(store, batch_size=8, size_px=24))
+    batch = next(iter(kddata.loader(store, batch_size=8, size_px=24, outputs=["embedding"])))
+    assert list(batch.outputs) == ["embedding"]
+    assert set(store.read(0).outputs) == set(OUTPUTS)
+    with pytest.raises(ConfigError, match=r"without features:stages.0; it holds embedding, .*fsp:stages.0:stages.1"):
+        kddata.loader(store, batch_size=8, size_px=24, outputs=["features:stages.0"])
+
+
+def test_a_store_without_outputs_says_so_and_keeps_its_fingerprint(images: str, tmp_path: Path) -> None:
+    store = label_store(job(images, tmp_path / "store", outputs=())).store
+    assert "outputs" not in store.spec.to_json()
+    with pytest.raises(ConfigError, match="it holds none"):
+        kddata.loader(store, batch_size=8, size_px=24, outputs=["embedding"])
+    with pytest.raises(StoreMismatchError, match="outputs"):
+        label_store(job(images, tmp_path / "store"))
+
+
+def test_an_opened_store_knows_its_outputs_and_shows_them(images: str, tmp_path: Path) -> None:
+    store = label_store(job(images, tmp_path / "store")).store
+    opened = LabelStore.open(store.url)
+    assert opened.spec == store.spec
+    assert opened.spec.fingerprint == store.spec.fingerprint
+    text = dict(summary(opened.info()))["outputs"]
+    assert "embedding [5], attention:stages.1 [6, 6]" in text
+    table = pa.ipc.open_file(str(tmp_path / "store" / "labels" / "000000.arrow")).read_all()
+    assert table.schema.field("output.features:stages.2").metadata == {b"shape": b"[5, 3, 3]"}
+
+
+def test_values_that_float16_cannot_hold_are_refused(images: str, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"float16, up to 65504.*features:stages.2"):
+        label_store(job(images, tmp_path / "store", "loud", outputs=("features:stages.2",)))
+    assert not list((tmp_path / "store" / "labels").glob("*.arrow"))
+
+
+def test_an_unknown_node_is_refused_before_a_store_is_begun(images: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"perhaps stages\.1 was meant"):
+        label_store(job(images, tmp_path / "store", outputs=("features:stage.1",)))
+    assert not (tmp_path / "store").exists()
+
+
+def test_outputs_are_converted_extended_and_exported(images: str, tmp_path: Path) -> None:
+    made = job(images, tmp_path / "arrow")
+    store = label_store(made).store
+    there = convert(store, str(tmp_path / "tar"), format="tar")
+    back = convert(there, str(tmp_path / "back"), format="arrow")
+    for name in store.storage.sizes("labels"):
+        assert back.storage.read(name) == store.storage.read(name)
+    before = {name: store.storage.read(name) for name in store.storage.sizes("labels")}
+    more = label_store(dataclasses.replace(made, views_per_image=5), extend=True).store
+    assert all(more.storage.read(name) == data for name, data in before.items())
+    assert more.num_rows == 60
+    export_parquet(store, str(tmp_path / "labels.parquet"))
+    table = parquet.read_table(tmp_path / "labels.parquet")
+    stored = np.concatenate([store.read(unit.number).outputs["embedding"] for unit in store.units()])
+    np.testing.assert_array_equal(np.array(table["output.embedding"].to_pylist()), stored.astype(np.float32))
