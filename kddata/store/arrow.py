@@ -76,7 +76,7 @@ def _read(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         table.validate(full=True)
         about = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a size that lies is asked of malloc: ArrowMemoryError
         raise StoreDamagedError("a file of a store is readable Arrow", actual=str(error), where=where) from error
     if not isinstance(about, dict):
         raise StoreDamagedError("a file of a store says what it is", actual=about, where=where)
