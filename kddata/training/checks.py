@@ -37,6 +37,7 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
         temperatures=spec.temperatures,
         has_targets=store.info()["labelled"] > 0,
         mixed=spec.plan.has_mix,
+        outputs=tuple(output.name for output in spec.outputs),
         where=store.url,
     )
     steps = order.num_steps(store.num_rows, job.data.batch_size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from kddata import __version__, losses, rng
 from kddata.cards import differences
 from kddata.errors import ConfigError, StoreMismatchError, TeacherError
+from kddata.features import Capture
 from kddata.images import open_source
 from kddata.labels import SoftLabels
 from kddata.losses import Method
@@ -33,7 +34,7 @@ from kddata.training.head import Answering, folded, require_foldable
 from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
-from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
+from kddata.training.steps import Meter, Step, Taught, mean_losses, require_finite, training_steps
 
 _LOOK_STEPS = 16
 _log = logging.getLogger(__name__)
@@ -112,9 +113,10 @@ def train(
 
     on_gpu = device.startswith("cuda")
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
-    teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, device)
+    teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, method, device)
     student = _student(job, pixels_of, device)
-    parts = _parts(job, method, student, pixels_of, device)
+    capture = Capture(student, method.needs.student) if method.needs.student else None
+    parts = _parts(job, store, method, student, capture, pixels_of, device)
     pupil = student if parts is None else _Pupil(student, parts)
     optimizer = _optimizer(job.optimizer, pupil)
     answering = student if method.head is None else Answering(student, lambda x: method.answer(x, parts))
@@ -140,6 +142,7 @@ def train(
         rank=rank,
         world_size=world_size,
         teacher_px=None if teach is None else store.spec.teacher.size_px,
+        outputs=method.needs.outputs,
     )
     exam = None
     if job.evaluate is not None and rank == 0:
@@ -158,6 +161,7 @@ def train(
         pixels_of=pixels_of,
         teach=teach,
         parts=parts,
+        capture=capture,
         seed=job.data.seed,
         rank=rank,
         world_size=world_size,
@@ -214,6 +218,8 @@ def train(
         )
         unseen, of_look = [], Meter()
 
+    if capture is not None:
+        capture.close()
     metrics: dict[str, Any] = {"loss_S": loss_S, "epochs": epochs, "cached_loss_S": cached_loss_S}
     if method.head is not None:
         student = folded(student, lambda x: method.answer(x, parts), job.student.num_classes, where=job.student.arch)
@@ -271,29 +277,48 @@ class _Pupil(nn.Module):
 
 
 def _parts(
-    job: TrainingJob, method: Method, student: nn.Module, pixels_of: Callable[[Tensor], Tensor], device: str
+    job: TrainingJob,
+    store: LabelStore,
+    method: Method,
+    student: nn.Module,
+    capture: Capture | None,
+    pixels_of: Callable[[Tensor], Tensor],
+    device: str,
 ) -> nn.Module | None:
     """What the method learns beside the student, from random numbers of the run's seed; None where it has none.
 
-    Raises ConfigError where the method has a head and the student cannot take it in at the end.
+    Raises ConfigError where tensors of the two sides cannot be compared, and where the method has a head and the
+    student cannot take it in at the end; TeacherError where the student has no such tensor.
     """
+    num_classes, size_px = job.student.num_classes, job.data.size_px
+    pixels = pixels_of(torch.arange(3 * size_px**2).remainder(256).view(1, 3, size_px, size_px).to(torch.uint8))
+    student_shapes: dict[str, Sequence[int]] = {"logits": (num_classes,)}
+    if capture is not None:
+        with torch.inference_mode():
+            student(pixels)
+        student_shapes |= {name: tuple(x.shape[1:]) for name, x in capture.take().items()}
     if not method.needs.parts:
         return None
-    num_classes, size_px = job.student.num_classes, job.data.size_px
     if method.head is not None:
-        pixels = pixels_of(torch.arange(3 * size_px**2).remainder(256).view(1, 3, size_px, size_px).to(torch.uint8))
         require_foldable(student, pixels, num_classes, where=job.student.arch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(rng.key_bytes(job.data.seed, "parts")[:8], "little"))
-        parts = method.parts({"logits": (num_classes,)}, {})
+        parts = method.parts(student_shapes, {output.name: output.shape for output in store.spec.outputs})
     return parts.to(device)
 
 
-def _teacher_in_the_loop(args: TeacherArgs, store: LabelStore, device: str) -> Callable[[Batch], SoftLabels]:
+def _teacher_in_the_loop(
+    args: TeacherArgs, store: LabelStore, method: Method, device: str
+) -> Callable[[Batch], Taught]:
     """Labels a batch anew, as the store was labelled. Raises StoreMismatchError for another teacher than its own."""
     spec = store.spec
     teacher = load_teacher(
-        args, device=device, batch_size=spec.batch_size, threads=spec.threads, memory_format=spec.memory_format
+        args,
+        device=device,
+        batch_size=spec.batch_size,
+        threads=spec.threads,
+        memory_format=spec.memory_format,
+        outputs=method.needs.outputs,
     )
     found = differences(dataclasses.asdict(spec.teacher), dataclasses.asdict(teacher.card))
     if found:
@@ -303,9 +328,10 @@ def _teacher_in_the_loop(args: TeacherArgs, store: LabelStore, device: str) -> C
             where=store.url,
         )
 
-    def teach(batch: Batch) -> SoftLabels:
+    def teach(batch: Batch) -> Taught:
         assert batch.teacher_pixels_u8 is not None
-        return SoftLabels.from_logits(teacher(batch.teacher_pixels_u8), k=spec.k, temperatures=spec.temperatures)
+        logits, outputs = teacher.answer(batch.teacher_pixels_u8)
+        return Taught(SoftLabels.from_logits(logits, k=spec.k, temperatures=spec.temperatures), outputs)
 
     return teach
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from kddata import rng
 from kddata.errors import TeacherError
+from kddata.features import Capture
 from kddata.labels import SoftLabels
 from kddata.losses import Method
 from kddata.replay import Batch
@@ -50,6 +51,18 @@ class Step:
     seconds: float
 
 
+class Taught(NamedTuple):
+    """What the teacher said about a batch: labels, and the outputs that the method needs, by name."""
+
+    labels: SoftLabels
+    outputs: Mapping[str, Tensor]
+
+    def to(self, device: torch.device | str) -> Taught:
+        """On a device, outputs in float32."""
+        outputs = {name: x.to(device, non_blocking=True).float() for name, x in self.outputs.items()}
+        return Taught(self.labels.to(device, non_blocking=True), outputs)
+
+
 def training_steps(
     network: nn.Module,
     batches: Iterable[Batch],
@@ -59,8 +72,9 @@ def training_steps(
     first_step: int,
     learning_rate: Callable[[int], float],
     pixels_of: Callable[[Tensor], Tensor],
-    teach: Callable[[Batch], SoftLabels] | None = None,
+    teach: Callable[[Batch], Taught] | None = None,
     parts: nn.Module | None = None,
+    capture: Capture | None = None,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -70,8 +84,9 @@ def training_steps(
     Args:
         learning_rate: of a step.
         pixels_of: uint8 views -> the network's input, on its device.
-        teach: labels of a batch, in place of the stored ones.
+        teach: labels and outputs of a batch, in place of the stored ones.
         parts: what the method learns beside the student, where it has any; `network` holds it too.
+        capture: of the student's tensors that the method needs.
     """
     begin = time.perf_counter()
     for number, batch in enumerate(batches, first_step):
@@ -82,19 +97,25 @@ def training_steps(
             group["lr"] = lr
         network.train()  # evaluation may have come between
         logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
-        labels = (batch.labels if teach is None else teach(batch)).to(logits_BC.device, non_blocking=True)
+        stored = Taught(batch.labels, batch.outputs)
+        taught = (stored if teach is None else teach(batch)).to(logits_BC.device)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
         pair: dict[str, Any] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
             pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
         before = copy.deepcopy(parts) if teach is not None else None  # a loss may count its calls
         loss_of = partial(_mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair)
-        look = {"parts": parts, "image_ids": batch.image_ids} if method.needs.sees else {}
-        loss = loss_of(logits_BC, labels, look=look)
+        seen = {} if capture is None else capture.take()
+        look = {"parts": parts, "student": seen, "image_ids": batch.image_ids} if method.needs.sees else {}
+        loss = loss_of(logits_BC, taught, look=look)
+        if seen:
+            loss = (
+                loss + 0 * logits_BC.sum()
+            )  # layers above what was captured have a gradient too, of 0: ranks wait for it
         cached_loss = None
         if teach is not None:
-            stored = batch.labels.to(logits_BC.device, non_blocking=True)
-            cached_loss = loss_of(logits_BC.detach(), stored, look={**look, "parts": before} if look else {}).detach()
+            look = {**look, "parts": before} if look else {}
+            cached_loss = loss_of(logits_BC.detach(), stored.to(logits_BC.device), look=look).detach()
         optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
         optimizer.step()
@@ -115,7 +136,7 @@ def training_steps(
 def _mean_loss(
     method: Method,
     logits_BC: Tensor,
-    labels: SoftLabels,
+    taught: Taught,
     *,
     targets_B: Tensor,
     rows: int,
@@ -123,7 +144,9 @@ def _mean_loss(
     look: dict[str, Any],
 ) -> Tensor:
     """This rank's part of the mean loss over a step's rows."""
-    return method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair, **look).sum() / rows
+    if look:
+        look = {**look, "outputs": taught.outputs}
+    return method(logits_BC, taught.labels, targets_B, reduction="none", ignore_index=-1, **pair, **look).sum() / rows
 
 
 def mean_losses(steps: list[Step], world_size: int) -> list[float]:

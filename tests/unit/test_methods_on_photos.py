@@ -1,8 +1,8 @@
 """Methods on real images with a real teacher: the loss falls, and what was rounded for storage changes it by no more
 than the rounding can.
 
-Views and soft labels come from a store. The teacher's tensors are captured once and rounded to float16, as a store
-keeps them, beside what the teacher says live on the same pixels.
+Views, soft labels and the teacher's tensors come from a store; beside them stands what the teacher says live on the
+same pixels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kddata import losses, nets
+from kddata.errors import ConfigError
 from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.losses import dense
 from kddata.replay import Batch, loader
+from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network
-from kddata.training import normaliser
+from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob, normaliser, train
 from kddata.views import ViewPlan
 
 CIFAR = (
@@ -51,6 +53,8 @@ def student_net(num_classes: int) -> nn.Module:
 TEACHER_NODES, STUDENT_NODES = ["4", "6", "8"], ["3", "4", "5"]
 MAPS = {"teacher_nodes": TEACHER_NODES, "student_nodes": STUDENT_NODES}
 PAIRS = {"teacher_pairs": [["4", "6"], ["6", "8"]], "student_pairs": [["3", "4"], ["4", "5"]]}
+OUTPUTS = ("embedding", *(f"{kind}:{node}" for kind in ("features", "attention") for node in TEACHER_NODES))
+OUTPUTS += tuple(f"fsp:{a}:{b}" for a, b in itertools.pairwise(TEACHER_NODES))
 
 
 def look(network: nn.Module, nodes: list[str], pixels: Tensor) -> dict[str, Tensor]:
@@ -74,12 +78,17 @@ class Step(NamedTuple):
     batch: Batch
     pixels: Tensor
     live: dict[str, Tensor]
-    stored: dict[str, Tensor]
+
+
+class Photos(NamedTuple):
+    store: LabelStore
+    teacher: TeacherArgs
+    steps: list[Step]
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """Batches of a store of CIFAR-10 images, labelled by a teacher that was trained on them for a moment."""
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Photos:
+    """A store of CIFAR-10 images, labelled by a teacher that was trained on them for a moment, and its batches."""
     folder = tmp_path_factory.mktemp("photos")
     with np.load(CIFAR) as data:
         jpeg, offset, label = data["jpeg"], data["offset"], data["label"]
@@ -91,18 +100,21 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     save_file({name: x.contiguous() for name, x in first.state_dict().items()}, folder / "teacher.safetensors")
     pixels_of = normaliser(MEAN, STD, "cpu")
 
-    def store_of(name: str) -> Any:
+    args = TeacherArgs(
+        arch=f"python:{__name__}:teacher_net",
+        weights=str(folder / "teacher.safetensors"),
+        num_classes=10,
+        size_px=32,
+        mean=MEAN,
+        std=STD,
+    )
+
+    def store_of(name: str, outputs: tuple[str, ...] = ()) -> LabelStore:
         job = LabellingJob(
             images=str(folder / "images"),
             store=str(folder / name),
-            teacher=TeacherArgs(
-                arch=f"python:{__name__}:teacher_net",
-                weights=str(folder / "teacher.safetensors"),
-                num_classes=10,
-                size_px=32,
-                mean=MEAN,
-                std=STD,
-            ),
+            teacher=args,
+            outputs=outputs,
             plan=ViewPlan(area=(0.5, 1.0)),
             views_per_image=1,
             k=10,
@@ -120,14 +132,14 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     save_file({name: x.contiguous() for name, x in teacher.state_dict().items()}, folder / "teacher.safetensors")
     teacher.eval()
     taken: list[Step] = []
-    for batch in loader(store_of("labels"), batch_size=ROWS, size_px=32, epochs=2):
+    store = store_of("labels", OUTPUTS)
+    for batch in loader(store, batch_size=ROWS, size_px=32, epochs=2, outputs=OUTPUTS):
         pixels = pixels_of(batch.pixels_u8_B3SS)
         with torch.inference_mode():
             live = look(teacher, TEACHER_NODES, pixels)
-        live = {name: x.clone() for name, x in live.items()}
-        taken.append(Step(batch, pixels, live, {name: x.half().float() for name, x in live.items()}))
+        taken.append(Step(batch, pixels, {name: x.clone() for name, x in live.items()}))
     assert len(taken) == STEPS
-    return taken
+    return Photos(store, args, taken)
 
 
 def rounding(x: Tensor) -> Tensor:
@@ -207,7 +219,8 @@ def run(method: losses.Method, student: nn.Module, steps: list[Step], lr: float 
         live_labels = SoftLabels.from_logits(step.live["logits"], k=10)
         targets = step.batch.targets_B
         live = method(seen["logits"], live_labels, targets, outputs=step.live, **more)
-        stored = method(seen["logits"], step.batch.labels, targets, outputs=step.stored, **more)
+        outputs = {key: x.float() for key, x in step.batch.outputs.items()}
+        stored = method(seen["logits"], step.batch.labels, targets, outputs=outputs, **more)
         yield live, stored, seen, step, parts
         optimizer.zero_grad()
         live.backward()
@@ -215,12 +228,12 @@ def run(method: losses.Method, student: nn.Module, steps: list[Step], lr: float 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stored_tensors_teach_as_the_live_teacher_does(name: str, steps: list[Step]) -> None:
+def test_stored_tensors_teach_as_the_live_teacher_does(name: str, photos: Photos) -> None:
     torch.manual_seed(0)
     method = losses.make(name, **METHODS[name])
     student, seen_losses = build_network(f"python:{__name__}:student_net", num_classes=10), []
     weight = METHODS[name].get("weight", 1.0)
-    for live, stored, seen, step, parts in run(method, student, steps):
+    for live, stored, seen, step, parts in run(method, student, photos.steps):
         bound = on_logits(name, seen, step) if name in ("kd", "aekt") else swapped(name, seen, step, parts)
         assert abs(stored.item() - live.item()) <= weight * bound
         assert weight * bound < 0.02 * live.item() + 1e-3  # else the line above would say little
@@ -228,14 +241,73 @@ def test_stored_tensors_teach_as_the_live_teacher_does(name: str, steps: list[St
     assert np.mean(seen_losses[-5:]) < 0.9 * np.mean(seen_losses[:5])
 
 
-def test_fitnets_in_its_two_stages(steps: list[Step]) -> None:
-    """The hint alone moves the layers below it, and its regressor; KD then starts from those."""
-    torch.manual_seed(0)
-    student = build_network(f"python:{__name__}:student_net", num_classes=10)
-    before = {name: x.clone() for name, x in student.named_parameters()}
-    hints = [live.item() for live, *_ in run(losses.make("fitnets", **METHODS["fitnets"]), student, steps)]
-    assert np.mean(hints[-5:]) < 0.9 * np.mean(hints[:5])
-    for name, x in student.named_parameters():
-        assert torch.equal(x, before[name]) == (int(name.split(".")[0]) > 4), name
-    soft = [live.item() for live, *_ in run(losses.make("kd", temperature=T), student, steps)]
-    assert np.mean(soft[-5:]) < 0.9 * np.mean(soft[:5])
+# Every method on features and relations, and two on logits, as a job names them.
+JOBS: dict[str, dict[str, Any]] = {
+    **{name: METHODS[name] for name in ("at", "sp", "rkd", "fitnets", "fsp")},
+    "aekt": {"temperature": T},
+    **{name: {} for name in ("pkt", "cc")},
+    **dict.fromkeys(("nst", "vid", "reviewkd", "ft", "ab"), MAPS),
+    "ofd": {**MAPS, "weight": 1e-3},
+    "crd": {"num_images": NUM_IMAGES, "negatives": 64, "weight": 0.8},
+    "srrl": {"student_nodes": ["5"], "classifier_layer": "11"},
+    "sum": {"terms": [{"name": "kd", "temperature": T, "alpha": 0.9}, {"name": "at", **MAPS, "weight": 1000}]},
+}
+
+
+def job_of(photos: Photos, run: Path, method: dict[str, Any], **changes: Any) -> TrainingJob:
+    student = {"arch": f"python:{__name__}:student_net", "num_classes": 10, "weights": changes.pop("weights", None)}
+    return TrainingJob(
+        store=photos.store.url,
+        run=str(run),
+        student=StudentArgs(**student),
+        method=method,
+        data=DataArgs(batch_size=ROWS, size_px=32),
+        optimizer=OptimizerArgs(lr=0.02, epochs=2),
+        **changes,
+    )
+
+
+def falls(loss_S: list[float]) -> bool:
+    return bool(np.mean(loss_S[-5:]) < np.mean(loss_S[:5]))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) -> None:
+    """The loss falls. With the teacher in the loop, the cache's loss of the first step is the same in every bit."""
+    method = {"name": name, **JOBS[name]} | ({"classifier": photos.teacher.weights} if name == "srrl" else {})
+    cached = train(job_of(photos, tmp_path / "cached", method))
+    assert falls(cached.loss_S)
+    if name in METHODS or name == "sum":
+        live = train(job_of(photos, tmp_path / "live", method, teacher=photos.teacher))
+        assert live.cached_loss_S[0] == cached.loss_S[0]
+        assert live.loss_S != live.cached_loss_S
+        assert falls(live.loss_S)
+
+
+def test_fitnets_in_its_two_stages(photos: Photos, tmp_path: Path) -> None:
+    """The hint alone moves the layers below it, and no others; KD then starts from those."""
+    first = job_of(photos, tmp_path / "hint", {"name": "fitnets", **METHODS["fitnets"]})
+    assert falls(train(first).loss_S)
+    weights = load_file(f"{first.run}/model.safetensors")
+    network = build_network(f"python:{__name__}:student_net", num_classes=10)
+    for name, x in network.named_parameters():
+        assert torch.equal(x, weights[name]) == (int(name.split(".")[0]) > 4), name
+    second = job_of(photos, tmp_path / "kd", {"name": "kd", "temperature": T}, weights=f"{first.run}/model.safetensors")
+    alone = job_of(photos, tmp_path / "alone", {"name": "kd", "temperature": T})
+    staged, plain = train(second).loss_S, train(alone).loss_S
+    assert falls(staged)
+    assert staged[0] != plain[0]
+
+
+def test_what_a_store_does_not_hold_is_named_before_the_first_step(photos: Photos, tmp_path: Path) -> None:
+    nodes = {"teacher_nodes": ["5"], "student_nodes": ["4"]}
+    with pytest.raises(ConfigError, match=r"(?s)stored output attention:5.*labels.outputs naming attention:5"):
+        train(job_of(photos, tmp_path / "run", {"name": "at", **nodes}))
+    with pytest.raises(ConfigError, match="no module '44'"):
+        train(
+            job_of(photos, tmp_path / "run", {"name": "at", **nodes, "teacher_nodes": ["6"], "student_nodes": ["44"]})
+        )
+    pairs = {"teacher_pairs": [["4", "6"]], "student_pairs": [["4", "5"]]}
+    with pytest.raises(ConfigError, match=r"fsp:4:5 \[32, 64\] and fsp:4:6 \[16, 32\]"):
+        train(job_of(photos, tmp_path / "run", {"name": "fsp", **pairs}))
+    assert not (tmp_path / "run" / "job.json").exists()
