@@ -99,7 +99,8 @@ def train_job(file: TrainFile) -> TrainingJob:
 
     if not isinstance(file.method.get("name"), str):
         raise ConfigError("a method has a name", actual=file.method, where="method", fix="such as {name: kd}")
-    losses.make(**file.method)
+    method = _with_places(file.method)
+    losses.make(**method)
     student, evaluate = file.student, file.evaluate
     return training.TrainingJob(
         store=absolute(file.store),
@@ -109,7 +110,7 @@ def train_job(file: TrainFile) -> TrainingJob:
             num_classes=student.num_classes,
             weights=None if student.weights is None else absolute(student.weights),
         ),
-        method=file.method,
+        method=method,
         data=training.DataArgs(**file.data.model_dump()),
         optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
         images=None if file.images is None else all_absolute(file.images),
@@ -118,3 +119,13 @@ def train_job(file: TrainFile) -> TrainingJob:
         else training.EvaluationArgs(images=all_absolute(evaluate.images), every_epochs=evaluate.every_epochs),
         checkpoint_steps=file.run.checkpoint_steps,
     )
+
+
+def _with_places(method: dict[str, Any]) -> dict[str, Any]:
+    """A method whose files (srrl's classifier) have absolute places, in the terms of a sum too."""
+    found = dict(method)
+    if isinstance(found.get("classifier"), str):
+        found["classifier"] = absolute(found["classifier"])
+    if isinstance(found.get("terms"), list):
+        found["terms"] = [_with_places(term) if isinstance(term, dict) else term for term in found["terms"]]
+    return found

@@ -40,6 +40,12 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
         outputs=tuple(output.name for output in spec.outputs),
         where=store.url,
     )
+    if method.needs.image_ids and world_size > 1:
+        raise ConfigError(
+            f"method {method.name} has one bank of all images, and trains in one worker",
+            actual=f"{world_size} workers",
+            fix="set cluster.workers=1",
+        )
     steps = order.num_steps(store.num_rows, job.data.batch_size)
     ranges = [order.step_range(step, store.num_rows, job.data.batch_size) for step in (0, steps - 1)]
     fewest = min(stop - start for start, stop in ranges)

@@ -109,9 +109,8 @@ def training_steps(
         look = {"parts": parts, "student": seen, "image_ids": batch.image_ids} if method.needs.sees else {}
         loss = loss_of(logits_BC, taught, look=look)
         if seen:
-            loss = (
-                loss + 0 * logits_BC.sum()
-            )  # layers above what was captured have a gradient too, of 0: ranks wait for it
+            # Layers above what was captured have a gradient too, of 0: ranks wait for every one.
+            loss = loss + 0 * logits_BC.sum()
         cached_loss = None
         if teach is not None:
             look = {**look, "parts": before} if look else {}

@@ -214,6 +214,13 @@ def test_a_train_job_has_every_value_and_absolute_paths(write, tmp_path: Path, m
     assert train_job(load(TrainFile, write(TRAIN), ["run.storage=s3://b/r"])).run == "s3://b/r/s1"
 
 
+def test_a_classifier_named_by_a_term_becomes_absolute(write, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    term = "{name: srrl, classifier: t.safetensors, student_nodes: [layer4]}"
+    job = train_job(load(TrainFile, write(TRAIN), [f"method={{name: sum, terms: [{term}]}}"]))
+    assert job.method["terms"][0]["classifier"] == f"{tmp_path}/t.safetensors"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

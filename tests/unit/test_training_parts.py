@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from kddata import nets
 from kddata.errors import ConfigError
 from kddata.images import open_source
+from kddata.labelling import LabellingJob, label_store
 from kddata.replay import evaluation_loader
 from kddata.store import LabelStore
+from kddata.teacher import TeacherArgs
 from kddata.testing import fake_teacher_args, make_store
 from kddata.training import (
     DataArgs,
@@ -30,6 +32,7 @@ from kddata.training import (
 )
 from kddata.training.head import folded, require_foldable
 from kddata.training.run import Run
+from kddata.views import ViewPlan
 
 METHODS = {
     "aekt": {"name": "aekt", "temperature": 2},
@@ -127,6 +130,66 @@ def test_the_result_answers_with_the_head(store: LabelStore, tmp_path: Path) -> 
         network, evaluation_loader(open_source(images), size_px=16), normaliser(card.mean, card.std, "cpu")
     ).score()
     assert found.summary()["nll"] == pytest.approx(result.card["metrics"]["nll"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pictured(store: LabelStore, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    """The same images, labelled by a network that has layers to look into."""
+    job = LabellingJob(
+        images=str(Path(store.url).parent / "images"),
+        store=str(tmp_path_factory.mktemp("pictured") / "labels"),
+        teacher=TeacherArgs(arch=f"python:{__name__}:plain", num_classes=5, size_px=16),
+        plan=ViewPlan(),
+        views_per_image=2,
+        k=5,
+        outputs=("attention:1", "embedding"),
+    )
+    return label_store(job).store
+
+
+def _one_of_two(rank: int, job: TrainingJob, meeting: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    train(job, rank=rank, world_size=2, wrap=nn.parallel.DistributedDataParallel)
+    torch.distributed.destroy_process_group()
+
+
+def plain(num_classes: int) -> nn.Module:
+    """Without BatchNorm, whose statistics are a rank's own."""
+    return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 9, num_classes))
+
+
+def test_two_processes_train_parts_as_one_does(pictured: LabelStore, tmp_path: Path) -> None:
+    """AT is a mean over images, so that two shares of a batch make the whole; layers above the node have no gradient
+    of it, and the head and the temperature learn outside the network's own forward pass."""
+    terms = [{"name": "at", "teacher_nodes": ["1"], "student_nodes": ["1"], "weight": 10}]
+    terms += [{"name": "aekt", "hard_weight": 1}, {"name": "ctkd"}]
+    job = TrainingJob(
+        store=pictured.url,
+        run=str(tmp_path / "alone"),
+        student=StudentArgs(arch=f"python:{__name__}:plain", num_classes=5),
+        method={"name": "sum", "terms": terms},
+        data=DataArgs(batch_size=17, size_px=16),
+        optimizer=OptimizerArgs(lr=0.05, epochs=2),
+    )
+    only_at = dataclasses.replace(job, method={**terms[0], "name": "at", "hard_weight": 0}, run=job.run + "-at")
+    for one in (job, only_at):
+        both = dataclasses.replace(one, run=one.run + "-both")
+        args = (both, str(tmp_path / f"meeting{one.method['name']}"))
+        torch.multiprocessing.start_processes(_one_of_two, args=args, nprocs=2, start_method="fork")
+        assert train(both).loss_S == pytest.approx(train(one).loss_S, rel=1e-5)
+
+
+def test_crd_trains_in_one_worker(pictured: LabelStore, tmp_path: Path) -> None:
+    job = TrainingJob(
+        store=pictured.url,
+        run=str(tmp_path / "run"),
+        student=StudentArgs(arch=f"python:{__name__}:plain", num_classes=5),
+        method={"name": "crd", "num_images": 30},
+        data=DataArgs(batch_size=16, size_px=16),
+        optimizer=OptimizerArgs(lr=0.05, epochs=1),
+    )
+    with pytest.raises(ConfigError, match="trains in one worker; got 2 workers"):
+        train(job, world_size=2)
 
 
 def test_a_student_that_cannot_take_a_head_in_is_refused_before_the_first_step(
