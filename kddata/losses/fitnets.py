@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kddata.losses.maps import pair, same_shape, same_size
@@ -15,7 +16,7 @@ def fitnets_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     s, t = pair(student, teacher)
     same_shape(s, t, "put the student's map through a HintRegressor")
-    return (s - t).square().mean()
+    return F.mse_loss(s, t)
 
 
 class HintRegressor(nn.Module):

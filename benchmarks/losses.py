@@ -1,0 +1,162 @@
+"""How long each loss takes, forward and backward, beside the plain form that its reference computes.
+
+    python benchmarks/losses.py            batch 128, 100 classes, maps of a small ResNet: about a minute on one core
+    python benchmarks/losses.py --tiny     the same code in a few seconds, where times mean little
+
+Plain forms are the published formulas written with torch's own functions on dense teachers, triplets and pairs by
+broadcasting, as references have them. Each pair is held to one value and one gradient before it is timed; then both
+take turns. Results go to benchmarks/results/losses.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from results import environment, write_results
+from torch import Tensor
+
+from kddata import losses
+from kddata.labels import SoftLabels
+
+T = 4.0
+Loss = Callable[[Tensor], Tensor]
+
+
+def plain_kd(x: Tensor, teacher: Tensor) -> Tensor:
+    return T * T * F.kl_div((x / T).log_softmax(1), (teacher / T).softmax(1), reduction="batchmean")
+
+
+def plain_dkd(x: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    on = F.one_hot(y, x.shape[1]).bool()
+    q, p = (x / T).softmax(1), (teacher / T).softmax(1)
+    two_q, two_p = (torch.stack([v[on], v.masked_fill(on, 0).sum(1)], 1) for v in (q, p))
+    target = F.kl_div(two_q.log(), two_p, reduction="batchmean")
+    others_q, others_p = ((v / T).masked_fill(on, -1000.0) for v in (x, teacher))
+    others = F.kl_div(others_q.log_softmax(1), others_p.softmax(1), reduction="batchmean")
+    return T * T * (target + 8 * others)
+
+
+def plain_dist(x: Tensor, teacher: Tensor) -> Tensor:
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
+
+    q, p = (x / T).softmax(1), (teacher / T).softmax(1)
+    return T * T * ((1 - correlation(q, p)) + (1 - correlation(q.T, p.T)))
+
+
+def plain_lskd(x: Tensor, teacher: Tensor) -> Tensor:
+    x, teacher = ((v - v.mean(1, keepdim=True)) / (1e-7 + v.std(1, keepdim=True)) for v in (x, teacher))
+    return plain_kd(x, teacher)
+
+
+def plain_at(maps: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    looks = [[F.normalize(v.pow(2).mean(1).flatten(1)) for v in pair] for pair in zip(maps, teachers, strict=True)]
+    return torch.stack([(s - t).pow(2).mean() for s, t in looks]).sum()
+
+
+def plain_sp(s: Tensor, t: Tensor) -> Tensor:
+    g_s, g_t = (F.normalize(v @ v.T) for v in (s, t))
+    return (g_s - g_t).pow(2).sum() / len(s) ** 2
+
+
+def plain_rkd(s: Tensor, t: Tensor) -> Tensor:
+    def distances(v: Tensor) -> Tensor:
+        d = (v[None] - v[:, None]).pow(2).sum(2).clamp_min(1e-12).sqrt() * (1 - torch.eye(len(v)))
+        return d / d[d > 0].mean()
+
+    def angles(v: Tensor) -> Tensor:
+        e = F.normalize(v[None] - v[:, None], dim=2)
+        return torch.einsum("ijd,ikd->ijk", e, e)
+
+    return 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(angles(s), angles(t))
+
+
+def plain_nst(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (F.normalize(v.flatten(2), dim=2) for v in (s, t))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, None] * b[:, :, None]).sum(3).pow(2).mean()
+
+    return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
+
+
+def plain_fsp(s: list[Tensor], t: list[Tensor]) -> Tensor:
+    def matrix(first: Tensor, second: Tensor) -> Tensor:
+        second = F.interpolate(second, first.shape[2:]) if second.shape != first.shape else second
+        return (first[:, :, None] * second[:, None]).mean((3, 4))
+
+    return (matrix(*s) - matrix(*t)).pow(2).mean()
+
+
+def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Loss, Loss, Tensor]]:
+    """(ours, the plain form, what is differentiated) of each loss."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    x, teacher, y = 3 * normal(rows, classes), 4 * normal(rows, classes), torch.arange(rows) % classes
+    labels = SoftLabels.from_logits(teacher, k=classes)
+    top = SoftLabels.from_logits(teacher, k=10, temperatures=(1.0, T))
+    e_s, e_t = normal(rows, width), normal(rows, 4 * width).relu()
+    m_s, m_t = normal(rows, 32, side, side), normal(rows, 32, side, side).relu()
+    return {
+        "kd, k = C": (lambda v: losses.kd_loss(v, labels, temperature=T), lambda v: plain_kd(v, teacher), x),
+        "kd, k = 10, uniform": (
+            lambda v: losses.kd_loss(v, top, temperature=T, tail="uniform"),
+            lambda v: plain_kd(v, T * top.dense("uniform", temperature=T).log()),
+            x,
+        ),
+        "dkd": (lambda v: losses.dkd_loss(v, labels, y), lambda v: plain_dkd(v, teacher, y), x),
+        "dist": (lambda v: losses.dist_loss(v, labels, temperature=T), lambda v: plain_dist(v, teacher), x),
+        "lskd": (lambda v: losses.lskd_loss(v, labels, temperature=T), lambda v: plain_lskd(v, teacher), x),
+        "at": (lambda v: losses.at_loss([v], [m_t]), lambda v: plain_at([v], [m_t]), m_s),
+        "sp": (lambda v: losses.sp_loss([v], [e_t]), lambda v: plain_sp(v, e_t), e_s),
+        "rkd": (lambda v: losses.rkd_loss(v, e_t), lambda v: plain_rkd(v, e_t), e_s),
+        "nst": (lambda v: losses.nst_loss([v], [m_t]), lambda v: plain_nst(v, m_t), m_s),
+        "fsp": (
+            lambda v: losses.fsp_loss([losses.fsp_matrix(v, v)], [losses.fsp_matrix(m_t, m_t)]),
+            lambda v: plain_fsp([v, v], [m_t, m_t]),
+            m_s,
+        ),
+        "fitnets, without regressor": (lambda v: losses.fitnets_loss(v, m_t), lambda v: F.mse_loss(v, m_t), m_s),
+    }
+
+
+def once(loss: Loss, value: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(loss, gradient, seconds)."""
+    x = value.clone().requires_grad_()
+    begin = time.perf_counter()
+    result = loss(x)
+    (grad,) = torch.autograd.grad(result, x)
+    return result.detach(), grad, time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = {"rows": 8, "classes": 20, "width": 16, "side": 4} if args.tiny else {}
+    sizes = sizes or {"rows": 128, "classes": 100, "width": 128, "side": 8}
+    table = {}
+    for name, (ours, plain, value) in pairs(**sizes).items():
+        (a, grad_a, _), (b, grad_b, _) = once(ours, value), once(plain, value)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(grad_a, grad_b, rtol=1e-2, atol=1e-5)
+        seconds = [(once(ours, value)[2], once(plain, value)[2]) for _ in range(args.rounds)]
+        ms = [1e3 * statistics.median(column) for column in zip(*seconds, strict=True)]
+        table[name] = {"ours_ms": ms[0], "plain_ms": ms[1], "ratio": ms[0] / ms[1]}
+        print(f"{name:28} {ms[0]:9.3f} ms, plain {ms[1]:9.3f} ms: {ms[0] / ms[1]:6.2f} x")
+    if not args.tiny:
+        write_results("losses", {"environment": environment(), "sizes": sizes, "losses": table})
+
+
+if __name__ == "__main__":
+    main()
