@@ -9,6 +9,7 @@ Shapes: B rows, C classes, K kept classes (K <= C), T declared temperatures. Log
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,6 +174,27 @@ class SoftLabels:
             temperatures=first.temperatures,
             num_classes=first.num_classes,
         )
+
+    @staticmethod
+    def mixture(parts: Sequence[SoftLabels], weights: Sequence[float]) -> SoftLabels:
+        """Labels of the mixture `sum of w_i p_i` of several teachers at temperature 1, of weights that sum to 1.
+
+        At another temperature this is the tempered mixture, not the mixture of tempered answers.
+        Source: Stanton et al., arXiv 2106.05945, for the ensembles of its teachers.
+
+        Raises LabelError unless all classes are kept (k = C), as the mixture's top classes need not be anyone's.
+        """
+        classes = {(part.k, part.num_classes) for part in parts}
+        if len(classes) != 1 or parts[0].k != parts[0].num_classes:
+            raise LabelError(
+                "teachers are mixed where all keep all of the same classes",
+                actual=", ".join(f"k = {k} of {num_classes}" for k, num_classes in sorted(classes)),
+                fix="label with labels.k = all classes, or weigh the losses instead (combine: losses)",
+            )
+        dense = [torch.empty_like(x.log_p_BK).scatter_(1, x.ids_BK.long(), x.log_p_BK) for x in parts]
+        log_w = torch.tensor([math.log(w / sum(weights)) if w else -math.inf for w in weights], device=dense[0].device)
+        log_p = torch.logsumexp(torch.stack(dense) + log_w[:, None, None].to(dense[0].dtype), dim=0)
+        return SoftLabels.from_logits(log_p, k=parts[0].k, temperatures=parts[0].temperatures)
 
     def _map(self, fn) -> SoftLabels:  # type: ignore[no-untyped-def]
         return SoftLabels(

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from kddata.errors import SourceError
 from kddata.images import ImageRef, ImageSource, image_hash, open_source
+from kddata.labels import SoftLabels
 from kddata.order import Order, Window, window_rows_for
-from kddata.store import LabelRows, LabelStore
+from kddata.store import LabelRows, LabelStore, require_members, require_same_rows
 
 _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 
@@ -53,13 +55,14 @@ class Read(NamedTuple):
     """Rows with their images.
 
     `partner_rows` are the rows that the mixed ones among `rows` are mixed with, in the order of these: None where the
-    store's plan does not mix. Images are encoded, one a row.
+    store's plan does not mix. Images are encoded, one a row. `others` are the labels of the same rows in other stores.
     """
 
     rows: LabelRows
     images: list[bytes]
     partner_rows: LabelRows | None
     partner_images: list[bytes]
+    others: list[SoftLabels]
 
 
 class _Held(NamedTuple):
@@ -70,13 +73,24 @@ class _Held(NamedTuple):
     rows: LabelRows
     place_W: np.ndarray
     partner: np.ndarray | None
+    others: list[SoftLabels]
 
 
 class Reader:
     """Label rows and image bytes at positions of an epoch. Owns the window that was read last."""
 
-    def __init__(self, store: LabelStore, source: ImageSource, order: Order, *, outputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        store: LabelStore,
+        source: ImageSource,
+        order: Order,
+        *,
+        outputs: Sequence[str] = (),
+        others: Sequence[LabelStore] = (),
+    ) -> None:
+        require_members(store, others)
         self._store, self._source, self._order, self._outputs = store, source, order, tuple(outputs)
+        self._others = list(others)
         self._held: _Held | None = None
 
     def read(self, epoch: int, start: int, stop: int) -> Read:
@@ -85,21 +99,24 @@ class Reader:
         Raises StoreDamagedError naming a label file, or SourceError naming an image, whose bytes have changed.
         """
         parts, partners = [], []
+        others: list[list[SoftLabels]] = [[] for _ in self._others]
         while start < stop:
             held = self._window(epoch, start)
             end = min(stop, held.window.stop)
             index = held.place_W[held.window.permutation_W[start - held.window.start : end - held.window.start]]
             parts.append(held.rows.take(index))
+            for labels, found in zip(others, held.others, strict=True):
+                labels.append(found.rows(torch.from_numpy(index)))
             if held.partner is not None:
                 partner = held.partner[index]
                 partners.append(held.rows.take(partner[partner >= 0]))
             start = end
-        rows = LabelRows.concat(parts)
+        rows, joined = LabelRows.concat(parts), [SoftLabels.cat(labels) for labels in others]
         if not partners:
-            return Read(rows, self._images(rows), None, [])
+            return Read(rows, self._images(rows), None, [], joined)
         lent = LabelRows.concat(partners)
         images = self._images(LabelRows.concat([rows, lent]))
-        return Read(rows, images[: len(rows)], lent, images[len(rows) :])
+        return Read(rows, images[: len(rows)], lent, images[len(rows) :], joined)
 
     def _window(self, epoch: int, position: int) -> _Held:
         held = self._held
@@ -108,20 +125,36 @@ class Reader:
         self._held = held = None  # never two windows in memory
         window, mixed = self._order.window_at(epoch, position), self._store.spec.plan.has_mix
         kept, places, partners, size = [], [], [], 0
+        others: list[list[SoftLabels]] = [[] for _ in self._others]
         for unit, first, last in window.pieces:
             rows = self._store.read(unit, outputs=self._outputs)
+            theirs = [self._read_other(other, unit, rows) for other in self._others]
             if mixed:
                 partner = rows.partners()
                 partners.append(np.where(partner < 0, -1, partner + size))
             else:
-                rows, first, last = rows.take(slice(first, last)), 0, last - first
+                piece = slice(first, last)
+                rows, theirs, first, last = rows.take(piece), [x.rows(piece) for x in theirs], 0, last - first
             kept.append(rows)
+            for labels, found in zip(others, theirs, strict=True):
+                labels.append(found)
             places.append(np.arange(size + first, size + last))
             size += len(rows)
         self._held = _Held(
-            epoch, window, LabelRows.concat(kept), np.concatenate(places), np.concatenate(partners) if mixed else None
+            epoch,
+            window,
+            LabelRows.concat(kept),
+            np.concatenate(places),
+            np.concatenate(partners) if mixed else None,
+            [SoftLabels.cat(labels) for labels in others],
         )
         return self._held
+
+    @staticmethod
+    def _read_other(other: LabelStore, unit: int, rows: LabelRows) -> SoftLabels:
+        found = other.read(unit, outputs=())
+        require_same_rows(rows, found, where=f"unit {unit} of {other.url}")
+        return found.labels
 
     def _images(self, rows: LabelRows) -> list[bytes]:
         """The image of each row, read shard by shard in the order of the bytes."""

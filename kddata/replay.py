@@ -43,6 +43,7 @@ class Batch:
         step_rows: rows of the step over all ranks; a mean over ranks weighs this share by B / step_rows * world size.
         teacher_pixels_u8: the same views at a second size, for a teacher in the loop, or None.
         outputs: stored tensors of the teacher that were asked for, by name, float16 [B, ...].
+        others: of an ensemble, what the other stores' teachers said, in the order of the stores.
     """
 
     pixels_u8_B3SS: Tensor
@@ -55,6 +56,7 @@ class Batch:
     targets2_B: Tensor | None = None
     lam_B: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    others: tuple[SoftLabels, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -64,7 +66,8 @@ class Batch:
         values = {x.name: getattr(self, x.name) for x in fields(self)}
         pinned = {key: x.pin_memory() for key, x in values.items() if isinstance(x, (Tensor, SoftLabels))}
         outputs = {name: x.pin_memory() for name, x in self.outputs.items()}
-        return replace(self, outputs=outputs, **pinned)  # type: ignore[arg-type]
+        others = tuple(labels.pin_memory() for labels in self.others)
+        return replace(self, outputs=outputs, others=others, **pinned)  # type: ignore[arg-type]
 
 
 class _Form(TypedDict):
@@ -87,10 +90,11 @@ class Replay(Dataset[Batch]):
         world_size: int = 1,
         teacher_px: int | None = None,
         outputs: Sequence[str] = (),
+        others: Sequence[LabelStore] = (),
     ) -> None:
         store.spec.require_outputs(outputs, where=store.url)
         rows = order_of(store, seed)
-        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs)
+        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
         self._sizes_px = [size_px] if teacher_px is None else [size_px, teacher_px]
@@ -130,6 +134,7 @@ class Replay(Dataset[Batch]):
             step_rows=stop - start,
             teacher_pixels_u8=pixels[1] if len(pixels) > 1 else None,
             outputs={name: torch.from_numpy(value) for name, value in rows.outputs.items()},
+            others=tuple(read.others),
         )
 
     def _check_classes(self, rows: LabelRows) -> None:
@@ -158,6 +163,7 @@ def loader(
     pin_memory: bool = False,
     teacher_px: int | None = None,
     outputs: Sequence[str] = (),
+    others: Sequence[LabelStore] = (),
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -169,6 +175,9 @@ def loader(
         num_workers: processes that read and render ahead, each with one torch thread; 0 for the calling one.
         teacher_px: also render each view at this size.
         outputs: names of stored outputs that batches are to hold.
+        others: stores over the same views, whose labels come as `Batch.others`.
+
+    Raises StoreMismatchError for others that hold other views or images, ConfigError for outputs that are not there.
     """
     replay = Replay(
         store,
@@ -180,6 +189,7 @@ def loader(
         world_size=world_size,
         teacher_px=teacher_px,
         outputs=outputs,
+        others=others,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)

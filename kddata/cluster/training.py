@@ -62,7 +62,8 @@ def train(
         return result
     evaluated = None if job.evaluate is None else job.evaluate.images
     with connected():
-        require_shared({"store": job.store, "run": job.run, "images": job.images, "evaluate.images": evaluated})
+        stores = (job.store, *(member.url for member in job.others))
+        require_shared({"store": stores, "run": job.run, "images": job.images, "evaluate.images": evaluated})
         cpus = threads_per_worker + loader_processes
         require_room("workers", workers, cpus=cpus, gpus=gpus_per_worker, key="cluster.workers")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the end of a run is seen that much sooner

@@ -76,10 +76,22 @@ class TrainCluster(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
 
 
-class TrainFile(Section):
-    """A train job: a store -> a student. `method` is {name, and the arguments of that loss}."""
+class Member(Section):
+    """A store of an ensemble, and the weight of what its teacher said."""
 
-    store: str
+    url: str
+    weight: NotNegative = 1.0
+
+
+class TrainFile(Section):
+    """A train job: a store, or several over the same views -> a student.
+
+    `method` is {name, and the arguments of that loss}. combine, of several stores: losses adds up the loss against each
+    with its weight; mixture takes the loss against the weighted mixture of the teachers' probabilities.
+    """
+
+    store: str | Annotated[tuple[Member, ...], Field(min_length=1)]
+    combine: Literal["losses", "mixture"] = "losses"
     images: Location | None = None
     student: Student
     method: dict[str, Any]
@@ -102,8 +114,12 @@ def train_job(file: TrainFile) -> TrainingJob:
     method = _with_places(file.method)
     losses.make(**method)
     student, evaluate = file.student, file.evaluate
+    first, *others = (Member(url=file.store),) if isinstance(file.store, str) else file.store
     return training.TrainingJob(
-        store=absolute(file.store),
+        store=absolute(first.url),
+        weight=first.weight,
+        others=tuple(training.Member(url=absolute(member.url), weight=member.weight) for member in others),
+        combine=file.combine,
         run=absolute(file.run.storage).rstrip("/") + "/" + file.run.name,
         student=training.StudentArgs(
             arch=absolute_arch(student.arch),

@@ -7,6 +7,7 @@ Inside, from the ground up: storage (the only way to the files), sealing, rows, 
 formats (arrow and tar), tally, verify, store.
 """
 
+from kddata.store.ensemble import require_members, require_same_rows
 from kddata.store.lock import Driver, driving, require_free
 from kddata.store.manifest import IndexedShard, Receipt, Unit, plan_units
 from kddata.store.rows import LabelRows
@@ -26,5 +27,7 @@ __all__ = [
     "open_storage",
     "plan_units",
     "require_free",
+    "require_members",
+    "require_same_rows",
     "verify_store",
 ]

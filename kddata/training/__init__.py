@@ -1,6 +1,6 @@
 """Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
 
-from kddata.training.job import DataArgs, EvaluationArgs, OptimizerArgs, StudentArgs, TrainingJob
+from kddata.training.job import DataArgs, EvaluationArgs, Member, OptimizerArgs, StudentArgs, TrainingJob
 from kddata.training.loop import Progress, TrainingResult, check, finished, train
 from kddata.training.predict import Predictions, normaliser, predict
 from kddata.training.steps import Step, training_steps
@@ -8,6 +8,7 @@ from kddata.training.steps import Step, training_steps
 __all__ = [
     "DataArgs",
     "EvaluationArgs",
+    "Member",
     "OptimizerArgs",
     "Predictions",
     "Progress",

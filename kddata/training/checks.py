@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from kddata.errors import ConfigError, ResourceError, StoreMismatchError
 from kddata.images import open_source
 from kddata.losses import Method
 from kddata.reader import open_images
-from kddata.store import LabelStore
+from kddata.store import LabelStore, require_members
 from kddata.training.job import TrainingJob
 
 
-def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: int) -> None:
-    """Refuses, before anything is built, a job that cannot work on this store, or whose images are not there."""
+def check_job(
+    job: TrainingJob, store: LabelStore, others: Sequence[LabelStore], method: Method, world_size: int
+) -> None:
+    """Refuses, before anything is built, a job that cannot work on these stores, or whose images are not there."""
     spec = store.spec
+    require_members(store, others)
+    _check_ensemble(job, [store, *others], method)
     if job.student.num_classes != spec.teacher.num_classes:
         raise StoreMismatchError(
             f"a student has the {spec.teacher.num_classes} classes of the store's teacher",
@@ -31,15 +36,16 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
             where=store.url,
             fix=f"set student.num_classes={spec.teacher.num_classes}",
         )
-    method.check(
-        k=spec.k,
-        num_classes=spec.teacher.num_classes,
-        temperatures=spec.temperatures,
-        has_targets=store.info()["labelled"] > 0,
-        mixed=spec.plan.has_mix,
-        outputs=tuple(output.name for output in spec.outputs),
-        where=store.url,
-    )
+    for each in (store, *others):
+        method.check(
+            k=each.spec.k,
+            num_classes=each.spec.teacher.num_classes,
+            temperatures=each.spec.temperatures,
+            has_targets=each.info()["labelled"] > 0,
+            mixed=each.spec.plan.has_mix,
+            outputs=tuple(output.name for output in each.spec.outputs),
+            where=each.url,
+        )
     if method.needs.image_ids and world_size > 1:
         raise ConfigError(
             f"method {method.name} has one bank of all images, and trains in one worker",
@@ -60,12 +66,48 @@ def check_job(job: TrainingJob, store: LabelStore, method: Method, world_size: i
         open_source(job.evaluate.images).shard_names()
 
 
-def identity(job: TrainingJob, store: LabelStore) -> dict[str, Any]:
+def _check_ensemble(job: TrainingJob, stores: Sequence[LabelStore], method: Method) -> None:
+    if len(stores) == 1:
+        return
+    if job.teacher is not None or method.needs.sees:
+        raise ConfigError(
+            "several stores serve methods on logits, without a teacher in the loop",
+            actual="a teacher in the loop" if job.teacher is not None else f"method {method.name}",
+            fix="name one store",
+        )
+    if job.combine == "mixture":
+        short = [store for store in stores if store.spec.k != store.spec.teacher.num_classes]
+        if short or sum(weights(job)) <= 0:
+            raise ConfigError(
+                "a mixture is of stores that keep all classes, with weights that are not all 0",
+                actual=f"k = {short[0].spec.k} of {short[0].spec.teacher.num_classes}" if short else "weights of 0",
+                where=short[0].url if short else None,
+                fix="use combine: losses, or label with k = all classes",
+            )
+
+
+def weights(job: TrainingJob) -> tuple[float, ...]:
+    """Of the stores, in order."""
+    return (job.weight, *(member.weight for member in job.others))
+
+
+def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] = ()) -> dict[str, Any]:
     """What makes two jobs one run: all but where things lie and how often it is saved."""
     fields = dataclasses.asdict(job)
-    for name in ("store", "run", "images", "checkpoint_steps"):
+    for name in ("store", "weight", "others", "combine", "run", "images", "checkpoint_steps"):
         del fields[name]
+    if others or job.weight != 1:
+        fields["ensemble"] = ensemble_of(job, [store, *others])
     return {**fields, "store": content_sha256(store)}
+
+
+def ensemble_of(job: TrainingJob, stores: Sequence[LabelStore]) -> dict[str, Any]:
+    """Which stores are heard, with which weights, and how they are combined: for job.json and card.json."""
+    members = [
+        {"content_sha256": content_sha256(store), "weight": weight, "teacher": store.spec.to_json()["teacher"]}
+        for store, weight in zip(stores, weights(job), strict=True)
+    ]
+    return {"combine": job.combine, "stores": members}
 
 
 def content_sha256(store: LabelStore) -> str:

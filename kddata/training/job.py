@@ -89,11 +89,24 @@ class EvaluationArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Member:
+    """Another store of an ensemble: its URL, and the weight of what its teacher said."""
+
+    url: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One student from one store.
+    """One student from one store, or from several over the same views.
 
     Attributes:
         store: URL of a committed store.
+        weight: of its loss.
+        others: further stores, whose teachers are heard too.
+        combine: "losses": the loss is the weighted sum of the loss against each store's labels, ground truth included,
+            by the weights as they are; "mixture": it is the loss against the weighted mixture of all teachers'
+            probabilities at temperature 1, where all keep all classes.
         run: URL of the folder of this run, for checkpoints and its result.
         method: {"name": of a loss, and its arguments}.
         images: where the images lie now, if they moved since they were labelled.
@@ -112,3 +125,6 @@ class TrainingJob:
     evaluate: EvaluationArgs | None = None
     teacher: TeacherArgs | None = None
     checkpoint_steps: int | None = None
+    weight: float = 1.0
+    others: tuple[Member, ...] = ()
+    combine: Literal["losses", "mixture"] = "losses"

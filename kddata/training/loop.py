@@ -29,7 +29,7 @@ from kddata.losses import Method
 from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
-from kddata.training.checks import check_job, content_sha256, identity, require_same_start
+from kddata.training.checks import check_job, content_sha256, ensemble_of, identity, require_same_start, weights
 from kddata.training.head import Answering, folded, require_foldable
 from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
@@ -106,6 +106,7 @@ def train(
     """
     torch.set_num_threads(threads)
     store, method, run = check(job, world_size=world_size)
+    others = _open_others(job)
     result = finished(job)
     if result is not None:
         _log.info("%s has finished already; nothing is done", job.run)
@@ -143,11 +144,12 @@ def train(
         world_size=world_size,
         teacher_px=None if teach is None else store.spec.teacher.size_px,
         outputs=method.needs.outputs,
+        others=others,
     )
     exam = None
     if job.evaluate is not None and rank == 0:
         exam = _exam(job.evaluate, job.data.size_px, store, num_workers=num_workers, pin_memory=on_gpu)
-    run.begin(identity(job, store))
+    run.begin(identity(job, store, others))
 
     per_epoch = replay.steps_per_epoch
     num_steps = job.optimizer.epochs * per_epoch
@@ -157,6 +159,8 @@ def train(
         optimizer,
         method,
         first_step=len(loss_S),
+        weights=weights(job),
+        mixture=job.combine == "mixture",
         learning_rate=lambda step: job.optimizer.learning_rate(step, per_epoch),
         pixels_of=pixels_of,
         teach=teach,
@@ -223,7 +227,7 @@ def train(
     metrics: dict[str, Any] = {"loss_S": loss_S, "epochs": epochs, "cached_loss_S": cached_loss_S}
     if method.head is not None:
         student = folded(student, lambda x: method.answer(x, parts), job.student.num_classes, where=job.student.arch)
-    card = _card(job, store, student, epochs[-1])
+    card = _card(job, [store, *others], student, epochs[-1])
     if rank == 0:
         run.finish(student.state_dict(), card=card, metrics=metrics)
     return TrainingResult(card=card, **metrics)
@@ -236,10 +240,15 @@ def check(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method,
     """
     store = LabelStore.open(job.store)
     method = losses.make(**job.method)
-    check_job(job, store, method, world_size)
+    others = _open_others(job)
+    check_job(job, store, others, method, world_size)
     run = Run(job.run)
-    run.check(identity(job, store))
+    run.check(identity(job, store, others))
     return store, method, run
+
+
+def _open_others(job: TrainingJob) -> list[LabelStore]:
+    return [LabelStore.open(member.url) for member in job.others]
 
 
 def finished(job: TrainingJob) -> TrainingResult | None:
@@ -354,14 +363,17 @@ def _exam(
     return step_loader(images, range(len(images)), num_workers=num_workers, pin_memory=pin_memory)
 
 
-def _card(job: TrainingJob, store: LabelStore, student: nn.Module, last: Mapping[str, Any]) -> dict[str, Any]:
-    fields = dataclasses.asdict(job)
+def _card(
+    job: TrainingJob, stores: Sequence[LabelStore], student: nn.Module, last: Mapping[str, Any]
+) -> dict[str, Any]:
+    fields, store = dataclasses.asdict(job), stores[0]
     return {
         **{name: fields[name] for name in ("student", "method", "data", "optimizer", "evaluate")},
         "weights_sha256": weights_sha256(student),
         "teacher_in_the_loop": job.teacher is not None,
         "store": {"content_sha256": content_sha256(store), "fingerprint": store.spec.fingerprint},
         "teacher": store.spec.to_json()["teacher"],
+        **({"ensemble": ensemble_of(job, stores)} if len(stores) > 1 else {}),
         "metrics": dict(last),
         "versions": {"kddata": __version__, "torch": torch.__version__},
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,15 +52,27 @@ class Step:
 
 
 class Taught(NamedTuple):
-    """What the teacher said about a batch: labels, and the outputs that the method needs, by name."""
+    """What the teacher said about a batch: labels, and the outputs that the method needs, by name.
+
+    `others` are the labels of an ensemble's other teachers.
+    """
 
     labels: SoftLabels
     outputs: Mapping[str, Tensor]
+    others: tuple[SoftLabels, ...] = ()
 
     def to(self, device: torch.device | str) -> Taught:
         """On a device, outputs in float32."""
         outputs = {name: x.to(device, non_blocking=True).float() for name, x in self.outputs.items()}
-        return Taught(self.labels.to(device, non_blocking=True), outputs)
+        others = tuple(labels.to(device, non_blocking=True) for labels in self.others)
+        return Taught(self.labels.to(device, non_blocking=True), outputs, others)
+
+    def combined(self, weights: Sequence[float], mixture: bool) -> list[tuple[float, SoftLabels]]:
+        """Labels with the weights of their losses: those of each teacher, or of the mixture of all."""
+        labels = [self.labels, *self.others]
+        if mixture:
+            return [(1.0, SoftLabels.mixture(labels, weights))]
+        return list(zip(weights, labels, strict=True))
 
 
 def training_steps(
@@ -75,6 +87,8 @@ def training_steps(
     teach: Callable[[Batch], Taught] | None = None,
     parts: nn.Module | None = None,
     capture: Capture | None = None,
+    weights: Sequence[float] = (1.0,),
+    mixture: bool = False,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -87,6 +101,8 @@ def training_steps(
         teach: labels and outputs of a batch, in place of the stored ones.
         parts: what the method learns beside the student, where it has any; `network` holds it too.
         capture: of the student's tensors that the method needs.
+        weights: of the stores that batches come from, in order.
+        mixture: whether the loss is against the mixture of their teachers.
     """
     begin = time.perf_counter()
     for number, batch in enumerate(batches, first_step):
@@ -97,14 +113,16 @@ def training_steps(
             group["lr"] = lr
         network.train()  # evaluation may have come between
         logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
-        stored = Taught(batch.labels, batch.outputs)
+        stored = Taught(batch.labels, batch.outputs, batch.others)
         taught = (stored if teach is None else teach(batch)).to(logits_BC.device)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
         pair: dict[str, Any] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
             pair = {"targets2_B": batch.targets2_B.to(logits_BC.device), "lam": batch.lam_B.to(logits_BC.device)}
         before = copy.deepcopy(parts) if teach is not None else None  # a loss may count its calls
-        loss_of = partial(_mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair)
+        loss_of = partial(
+            _mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair, weights=weights, mixture=mixture
+        )
         seen = {} if capture is None else capture.take()
         look = {"parts": parts, "student": seen, "image_ids": batch.image_ids} if method.needs.sees else {}
         loss = loss_of(logits_BC, taught, look=look)
@@ -141,11 +159,17 @@ def _mean_loss(
     rows: int,
     pair: dict[str, Any],
     look: dict[str, Any],
+    weights: Sequence[float],
+    mixture: bool,
 ) -> Tensor:
-    """This rank's part of the mean loss over a step's rows."""
+    """This rank's part of the mean loss over a step's rows, summed over the teachers with their weights."""
     if look:
         look = {**look, "outputs": taught.outputs}
-    return method(logits_BC, taught.labels, targets_B, reduction="none", ignore_index=-1, **pair, **look).sum() / rows
+    losses = [
+        weight * method(logits_BC, labels, targets_B, reduction="none", ignore_index=-1, **pair, **look).sum()
+        for weight, labels in taught.combined(weights, mixture)
+    ]
+    return torch.stack(losses).sum() / rows
 
 
 def mean_losses(steps: list[Step], world_size: int) -> list[float]:
