@@ -24,6 +24,8 @@ def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             actual=f"{tuple(student.shape)} {student.dtype} and {tuple(teacher.shape)}",
         )
     dtype = compute_dtype(student.dtype)
+    if teacher.is_inference():
+        teacher = teacher.clone()  # autograd keeps no tensors of inference mode
     return student.to(dtype), teacher.detach().to(student.device, dtype)
 
 

@@ -340,6 +340,7 @@ def _teacher_in_the_loop(
     def teach(batch: Batch) -> Taught:
         assert batch.teacher_pixels_u8 is not None
         logits, outputs = teacher.answer(batch.teacher_pixels_u8)
+        outputs = {name: x.clone() for name, x in outputs.items()}  # autograd keeps no tensors of inference mode
         return Taught(SoftLabels.from_logits(logits, k=spec.k, temperatures=spec.temperatures), outputs)
 
     return teach

@@ -55,6 +55,17 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
     torch.testing.assert_close(grad, expected_grad.bfloat16(), rtol=2**-6, atol=0.0)  # summed in bfloat16 where shared
 
 
+@pytest.mark.parametrize("name", OF_MAPS)
+def test_a_teacher_may_answer_in_inference_mode(name: str) -> None:
+    s = normal(0, 3, 4, 4, 4)
+    with torch.inference_mode():
+        t = normal(1, 3, 4, 4, 4)
+    loss, grad = value_and_grad(name, s, t)
+    expected, expected_grad = value_and_grad(name, s, normal(1, 3, 4, 4, 4))
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, expected_grad)
+
+
 @pytest.mark.parametrize("name", OF_RELATIONS)
 def test_one_image_has_no_relations(name: str) -> None:
     loss, grad = value_and_grad(name, normal(0, 1, 8), normal(1, 1, 8))
