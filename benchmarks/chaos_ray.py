@@ -1,12 +1,13 @@
-"""Kills labelling actors and drivers on Ray at random moments, many times, and compares every byte of every store.
+"""Kills actors, drivers and nodes of labelling on Ray at random moments, and compares every byte of every store.
 
     python benchmarks/chaos_ray.py                          # 50 kills, at most 10 minutes
     python benchmarks/chaos_ray.py --kills 10 --minutes 3
 
-One Ray stands all the time. A driver labels; after a random while it, or one of its actors, is killed with SIGKILL, and
-a driver is started again when it was the victim. A finished store must equal, byte for byte, the one that a single
-process makes; then the next store is begun. Every kill is of a process that was seen alive and is seen gone. Results go
-to benchmarks/results/chaos_ray.json.
+A head without CPUs stands all the time, and a node that labels. A driver labels; after a random while it, one of its
+actors, or the raylet of the node is killed with SIGKILL; a driver is started again when it was the victim, and another
+node when that was. The time in which Ray notices a dead node is measured. A finished store must equal, byte for byte,
+the one that a single process makes; then the next store is begun. Every kill is of a process that was seen alive and is
+seen gone. Results go to benchmarks/results/chaos_ray.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import ray
+from ray.cluster_utils import Cluster
 from results import environment, write_results
 
 from kddata.labelling import LabellingJob, label_store
@@ -75,6 +77,20 @@ def kill(pid: int) -> None:
         time.sleep(0.01)
 
 
+def kill_node(cluster: Cluster) -> float:
+    """Kills the raylet of the node that labels, and returns the seconds until Ray knew; another node is there then."""
+    (node,) = cluster.worker_nodes
+    (process,) = node.all_processes["raylet"]
+    kill(process.process.pid)
+    begin = time.monotonic()
+    while any(known["NodeID"] == node.node_id and known["Alive"] for known in ray.nodes()):
+        time.sleep(0.02)
+    seconds = time.monotonic() - begin
+    cluster.remove_node(node, allow_graceful=False)  # what else it had started
+    cluster.add_node(num_cpus=2)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -82,6 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     chance = random.Random(0)
     kills: Counter[str] = Counter()
+    noticed_s: list[float] = []
     finished = wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -92,8 +109,8 @@ def main() -> None:
             arch="python:slow_network:Slow", num_classes=10, size_px=16, mean=(0, 0, 0), std=(1, 1, 1)
         )
         job = LabellingJob(
-            images=make_images(root / "images", num_images=64, shards=2),
-            store=str(root / "wanted"),
+            images="file://" + make_images(root / "images", num_images=64, shards=2),  # several nodes take URLs
+            store=f"file://{root}/wanted",
             teacher=teacher,
             plan=ViewPlan(),
             k=3,
@@ -101,25 +118,31 @@ def main() -> None:
             batch_size=1,
         )
         wanted = chaos.contents(label_store(job).store.url)
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        health = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
+        cluster.add_node(num_cpus=2)
+        ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
         env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         begin, driver, url = time.monotonic(), None, ""
         try:
             while kills.total() < args.kills and time.monotonic() - begin < 60 * args.minutes:
                 if not url:
-                    url = str(root / f"store-{finished}")
+                    url = f"file://{root}/store-{finished}"
                     (root / "job").write_bytes(pickle.dumps(dataclasses.replace(job, store=url)))
                 if driver is None:
                     command = [sys.executable, "-c", DRIVER, str(root / "job")]
                     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                until = time.monotonic() + chance.uniform(1, 18)  # a driver takes seconds to start
+                until = time.monotonic() + chance.uniform(1, 14)  # a driver takes seconds to start
                 while time.monotonic() < until and driver.poll() is None:
                     time.sleep(0.02)
                 if driver.poll() is not None:
                     finished += 1
                     wrong += driver.returncode != 0 or chaos.contents(url) != wanted
                     driver, url = None, ""
-                elif chance.random() < 0.5 and (living := actors(os.getpid())):
+                elif (draw := chance.random()) < 0.25:
+                    noticed_s.append(kill_node(cluster))
+                    kills["node"] += 1
+                elif draw < 0.65 and (living := actors(os.getpid())):
                     kill(chance.choice(living))
                     kills["actor"] += 1
                 else:
@@ -138,6 +161,7 @@ def main() -> None:
             if driver is not None:
                 driver.kill()
             ray.shutdown()
+            cluster.shutdown()
     seconds = time.monotonic() - begin
     print(f"{dict(kills)} in {seconds:.0f} s, {finished} stores finished, {wrong} not as undisturbed")
     results = {
@@ -146,6 +170,7 @@ def main() -> None:
         "seconds": round(seconds),
         "stores": finished,
         "wrong": wrong,
+        "node_death_noticed_s": {"worst": max(noticed_s, default=None), "all": noticed_s},
     }
     print(write_results("chaos_ray", results))
     if wrong:
