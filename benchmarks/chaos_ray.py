@@ -131,13 +131,15 @@ def main() -> None:
                     (root / "job").write_bytes(pickle.dumps(dataclasses.replace(job, store=url)))
                 if driver is None:
                     command = [sys.executable, "-c", DRIVER, str(root / "job")]
-                    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=(root / "said").open("wb"))
                 until = time.monotonic() + chance.uniform(1, 14)  # a driver takes seconds to start
                 while time.monotonic() < until and driver.poll() is None:
                     time.sleep(0.02)
                 if driver.poll() is not None:
                     finished += 1
-                    wrong += driver.returncode != 0 or chaos.contents(url) != wanted
+                    if driver.returncode != 0 or chaos.contents(url) != wanted:
+                        wrong += 1
+                        print(f"\nexit code {driver.returncode}:", (root / "said").read_text()[-3000:])
                     driver, url = None, ""
                 elif (draw := chance.random()) < 0.25:
                     noticed_s.append(kill_node(cluster))
