@@ -43,6 +43,7 @@ def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_
                 job,
                 teachers=file.cluster.teachers,
                 gpus_per_teacher=file.cluster.gpus_per_teacher,
+                unit_timeout_s=file.cluster.unit_timeout_s,
                 extend=extend,
                 on_standing=show,
             )

@@ -8,30 +8,39 @@ store. Trade-off: decoding shares a node with the teacher it feeds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray.data
+import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 from torch import Tensor
 
 from kddata import labelling
 from kddata.cards import TeacherCard
 from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected
-from kddata.errors import KddataError
+from kddata.errors import KddataError, ResourceError
 from kddata.images import open_source
 from kddata.labelling import Labelled, LabellingJob
 from kddata.store import LabelStore, Receipt, Unit, driving, require_free
 from kddata.teacher import Answers
 
 WINDOW_UNITS = 4096
+RETRIES = (
+    5  # of a unit whose process died: enough for a bad day, not for an image that kills each process that reads it
+)
+_TIMED_OUT = 70  # exit code of a process whose unit took too long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +68,18 @@ def label(
     extend: bool = False,
     on_standing: Callable[[Standing], None] = lambda standing: None,
     window_units: int = WINDOW_UNITS,
+    unit_timeout_s: float | None = None,
+    retries: int = RETRIES,
 ) -> Labelled:
     """The finished store of a job, labelled by `teachers` processes; units that are finished already are kept.
 
     Each process reserves `job.threads` CPUs and `gpus_per_teacher` GPUs; with any, its teacher is on a GPU. With
-    `extend`, what the job has and its finished store has not is added; see `labelling.prepare`.
+    `extend`, what the job has and its finished store has not is added; see `labelling.prepare`. A process that dies, or
+    whose unit takes longer than `unit_timeout_s`, is replaced, and its unit is done again, at most `retries` times.
 
-    Raises ResourceError where the cluster has no room, ConfigError where its nodes would not see one store or source,
-    and what `labelling.label_store` raises. Whatever ends it, the same call goes on from there.
+    Raises ResourceError where the cluster has no room or a unit has killed every process that took it, ConfigError
+    where its nodes would not see one store or source, and what `labelling.label_store` raises. Whatever ends it, the
+    same call goes on from there.
     """
     if not extend and labelling.is_tidy(job.store):  # Ray need not start to see whether it is the one that is asked for
         return Labelled(store=labelling.prepare(job), new_units=0)
@@ -84,7 +97,15 @@ def label(
             on_standing(tally.standing())
             for start in range(0, len(units), window_units):
                 window = units[start : start + window_units]
-                for receipt in _label_units(job, store, window, teachers=teachers, gpus=gpus_per_teacher):
+                for receipt in _label_units(
+                    job,
+                    store,
+                    window,
+                    teachers=teachers,
+                    gpus=gpus_per_teacher,
+                    timeout_s=unit_timeout_s,
+                    retries=retries,
+                ):
                     tally.add(receipt)
                     on_standing(tally.standing())
                     labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
@@ -94,39 +115,68 @@ def label(
 
 
 def _label_units(
-    job: LabellingJob, store: LabelStore, units: list[Unit], *, teachers: int, gpus: float
+    job: LabellingJob,
+    store: LabelStore,
+    units: list[Unit],
+    *,
+    teachers: int,
+    gpus: float,
+    timeout_s: float | None,
+    retries: int,
 ) -> Iterator[Receipt]:
     """The receipts of these units, as they are finished."""
     device = "cuda" if gpus else "cpu"
     rows = [{"unit": i} for i in range(len(units))]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Labeller,
-        fn_constructor_kwargs={"job": dataclasses.replace(job, device=device), "store": store, "units": units},
-        batch_size=1,
-        num_cpus=job.threads,
-        num_gpus=gpus or None,
-        compute=ActorPoolStrategy(
-            size=min(teachers, len(units)),
-            max_concurrent_calls_per_actor=2,  # the next unit is read while this one is being published
-            enable_true_multi_threading=True,
-            max_tasks_in_flight_per_actor=4,
-        ),
-    )
+    with warnings.catch_warnings():  # restarts and retries have no other name in Ray Data yet
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            Labeller,
+            fn_constructor_kwargs={
+                "job": dataclasses.replace(job, device=device),
+                "store": store,
+                "units": units,
+                "timeout_s": timeout_s,
+            },
+            batch_size=1,
+            num_cpus=job.threads,
+            num_gpus=gpus or None,
+            compute=ActorPoolStrategy(
+                size=min(teachers, len(units)),
+                max_concurrent_calls_per_actor=2,  # the next unit is read while this one is being published
+                enable_true_multi_threading=True,
+                max_tasks_in_flight_per_actor=4,
+            ),
+            max_restarts=-1,
+            max_task_retries=retries,
+        )
     dataset.context.enable_progress_bars = False  # ours is fed by receipts
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for row in dataset.iter_rows():
-        outcome = row["outcome"]
-        if isinstance(outcome, KddataError):
-            raise outcome
-        yield outcome
+    left = {unit.number: unit for unit in units}
+    try:
+        for row in dataset.iter_rows():
+            outcome = row["outcome"]
+            if isinstance(outcome, KddataError):
+                raise outcome
+            del left[outcome.unit]
+            yield outcome
+    except ray.exceptions.RayActorError as error:
+        suspects = list(left.values())[: 4 * teachers]
+        raise ResourceError(
+            "a unit is labelled by a process that lives",
+            actual=f"one of the units {', '.join(str(unit.number) for unit in suspects)} ended each of the "
+            f"{retries + 1} processes that took it",
+            where=f"image shards {', '.join(sorted({store.images[unit.shard].name for unit in suspects}))}",
+            fix="look for what ends it: an image, too little memory, a driver of the GPU, or cluster.unit_timeout_s; "
+            "finished units are kept",
+        ) from error
 
 
 class Labeller:
     """One actor: a teacher, and the units that are given to it."""
 
-    def __init__(self, job: LabellingJob, store: LabelStore, units: list[Unit]) -> None:
+    def __init__(self, job: LabellingJob, store: LabelStore, units: list[Unit], timeout_s: float | None = None) -> None:
         torch.set_num_threads(job.threads)
-        self._job, self._store, self._units = job, store, units
+        self._job, self._store, self._units, self._timeout_s = job, store, units, timeout_s
         self._source = open_source(job.images)
         self._teacher: Answers | None = None
         self._loading = threading.Lock()
@@ -140,10 +190,27 @@ class Labeller:
                 if self._teacher is None:
                     self._teacher = _OneAtATime(labelling.load_job_teacher(self._job))
             unit, pixels = self._units[i], self._job.max_pixels
-            outcome[0] = labelling.label_unit(self._store, unit, self._source, self._teacher, max_pixels=pixels)
+            with _ended_after(self._timeout_s):
+                outcome[0] = labelling.label_unit(self._store, unit, self._source, self._teacher, max_pixels=pixels)
         except KddataError as error:
             outcome[0] = error
         return {"outcome": outcome}
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float | None) -> Iterator[None]:
+    """A block that ends this process when it takes longer: what hangs in a dead link or a driver cannot be interrupted.
+
+    Ray replaces the process; units are published whole, so that the next one finds nothing half-done.
+    """
+    timer = threading.Timer(seconds or 0, os._exit, [_TIMED_OUT])
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _OneAtATime:

@@ -98,11 +98,15 @@ class Limits(Section):
 
 
 class LabelCluster(Section):
-    """`cluster:` of a label job: processes that hold a teacher, and what each of them gets."""
+    """`cluster:` of a label job: processes that hold a teacher, and what each of them gets.
+
+    unit_timeout_s: a process whose unit takes longer is replaced, and the unit done again; null for never.
+    """
 
     teachers: Count = 1
     gpus_per_teacher: NotNegative = 0
     threads_per_teacher: Count = 1
+    unit_timeout_s: Positive | None = None
 
 
 class LabelFile(Section):

@@ -12,7 +12,9 @@ import pytest
 
 NETWORKS = '''
 """Networks for tests, importable by every process."""
+import os
 import time
+from pathlib import Path
 import torch
 from torch import nn
 from kddata.testing import FakeNetwork
@@ -25,6 +27,29 @@ class Slow(FakeNetwork):
 
 
 FakeNetwork = FakeNetwork
+
+
+class Deadly(FakeNetwork):
+    """Ends its process at a view that is white all over."""
+
+    def forward(self, x):
+        if bool((x == 1).flatten(1).all(1).any()):
+            os._exit(1)
+        return super().forward(x)
+
+
+class HangsOnce(FakeNetwork):
+    """Hangs at the first call with pixels that any process makes, which leaves a file beside this module."""
+
+    def forward(self, x):
+        if x.amax() > 0:
+            try:
+                (Path(__file__).parent / "hung").open("x").close()
+            except FileExistsError:
+                pass
+            else:
+                time.sleep(3600)
+        return super().forward(x)
 
 
 class NotANumber(FakeNetwork):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
@@ -20,7 +21,7 @@ from kddata.errors import BadImageBudgetError, ResourceError, StoreBusyError, St
 from kddata.labelling import LabellingJob, label_store
 from kddata.store import LabelStore, driving
 from kddata.teacher import TeacherArgs
-from kddata.testing import make_images, write_tar
+from kddata.testing import encode, make_images, write_tar
 from kddata.views import ViewPlan
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
@@ -180,3 +181,22 @@ def test_too_few_cpus_are_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"1 teachers of 1 CPUs and 1 GPUs each, and room for 0"):
         label(job(tmp_path, "large"), teachers=1, gpus_per_teacher=1)
     assert not (tmp_path / "large").exists(), "nothing was begun"
+
+
+def test_a_unit_that_hangs_is_given_to_another_process(expected: tuple[Path, dict[str, bytes]]) -> None:
+    root, wanted = expected
+    done = label(job(root, "hangs", network="HangsOnce"), unit_timeout_s=3)
+    assert done.new_units == 6
+    assert set(files(done.store.url)) == set(wanted)
+
+
+def test_an_image_that_ends_every_process_ends_the_job_and_is_narrowed_down(
+    expected: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    white = encode(np.full((32, 32, 3), 255, np.uint8), "png")
+    root, _ = expected
+    deadly = job(root, "unused", network="Deadly")
+    (tmp_path / "images").mkdir()
+    write_tar(tmp_path / "images" / "a.tar", [("white.png", white)])
+    with pytest.raises(ResourceError, match=r"one of the units 0 ended each of the 2 processes.*a\.tar"):
+        label(dataclasses.replace(deadly, images=str(tmp_path / "images"), store=str(tmp_path / "store")), retries=1)
