@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_MAX_VALUES = 1_000_000  # of a job file with its aliases written out; a list of 100,000 image shards is far below
 Location = str | tuple[str, ...]
 
 
@@ -122,9 +123,24 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
+def _expanded(value: Any, seen: dict[int, int]) -> int:
+    """How many values there are once every alias is written out: ten short lines of YAML can stand for a billion."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in seen:
+        seen[id(value)] = _MAX_VALUES  # what an alias inside its own anchor stands for
+        parts = value.values() if isinstance(value, dict) else value
+        seen[id(value)] = 1 + sum(_expanded(part, seen) for part in parts)
+    if seen[id(value)] >= _MAX_VALUES:
+        raise ValueError(f"aliases stand for at most {_MAX_VALUES} values in all")
+    return seen[id(value)]
+
+
 def _parse(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _expanded(value, {})
+        return value
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError("a job file and its overrides are YAML", actual=reason, where=where) from error

@@ -1,0 +1,227 @@
+"""Files made to harm: each ends in one of our errors or a harmless outcome; nothing runs, nothing is written outside.
+
+All cases of one kind run in one process of their own, whose memory is measured and whose working folder is watched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kddata.config.label import LabelFile
+from kddata.config.reading import load
+from kddata.errors import KddataError
+from kddata.images.decode import decode
+from kddata.images.opening import open_source
+
+MAX_RSS_BYTES = 1 << 30
+MAX_PIXELS = 1_000_000
+Case = Callable[[Path], object]
+
+
+class Canary:
+    """Unpickling this leaves a file behind."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("canary", "w")
+
+
+def small_jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(out, "JPEG")
+    return out.getvalue()
+
+
+def read_tar(folder: Path, *members: tuple[tarfile.TarInfo, bytes], tail: bytes = b"", format: int = 0) -> object:
+    """Scans and decodes every image of a tar of these members."""
+    path = folder / "images.tar"
+    with tarfile.open(path, "w", format=format or tarfile.PAX_FORMAT) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    if tail:
+        path.write_bytes(path.read_bytes()[: -tarfile.RECORDSIZE // 2] + tail)
+    return read(path)
+
+
+def read(path: Path) -> object:
+    source = open_source(str(path))
+    for shard in source.shard_names():
+        _, refs = source.scan(shard)
+        for _, data in source.stream(shard, refs):
+            decode(data, max_pixels=MAX_PIXELS)
+    return None
+
+
+def member(name: str, data: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def tars() -> Iterator[tuple[str, str, Case]]:
+    """(name, "refused" or "harmless", what reads it)."""
+    jpeg, code = small_jpeg(), pickle.dumps(Canary())
+    good = member("good.jpg", jpeg)
+    for name in ("../out.jpg", "a/../../out.jpg", "/tmp/out.jpg", "..", "./../out.jpg", "a/../out.jpg", "..\\out.jpg"):
+        expected = "refused" if name.endswith(".jpg") and "\\" not in name else "harmless"
+        yield f"name {name}", expected, lambda f, n=name: read_tar(f, good, member(n, jpeg))
+    for kind, what in ((tarfile.SYMTYPE, "symlink"), (tarfile.LNKTYPE, "hard link"), (tarfile.CHRTYPE, "device")):
+        info = member("evil.jpg", type=kind, linkname="/etc/passwd")
+        yield what, "refused", lambda f, m=info: read_tar(f, good, m)
+    yield "fifo beside images", "harmless", lambda f: read_tar(f, good, member("x.cls", type=tarfile.FIFOTYPE))
+    for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "npy", "py", "mp4"):
+        yield f"{suffix} member", "harmless", lambda f, s=suffix: read_tar(f, good, member(f"good.{s}", code))
+    yield "pickle as image", "refused", lambda f: read_tar(f, member("good.jpg", code))
+    yield "pickle as label", "refused", lambda f: read_tar(f, good, member("good.cls", code))
+    yield "key twice", "refused", lambda f: read_tar(f, good, good)
+    huge = member("huge.jpg", pax_headers={"size": "9" * 18})
+    yield "size of 10^18 bytes", "refused", lambda f: read_tar(f, good, huge)
+    endless = member("huge.jpg", pax_headers={"size": "9" * 4000})
+    yield "size of 4,000 digits", "refused", lambda f: read_tar(f, good, endless)
+    bomb = member("bomb.jpg", jpeg, pax_headers={"comment": "A" * (8 << 20)})
+    yield "pax header of 8 MiB", "refused", lambda f: read_tar(f, good, bomb)
+    yield "digits of a label", "refused", lambda f: read_tar(f, good, member("good.cls", b"9" * 100_000))
+    yield "cut inside a member", "refused", lambda f: cut_tar(f, good)
+
+
+def cut_tar(folder: Path, good: tuple[tarfile.TarInfo, bytes]) -> object:
+    read_tar(folder, good)
+    path = folder / "images.tar"
+    path.write_bytes(path.read_bytes()[:600])
+    return read(path)
+
+
+def png(width: int, height: int, data: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def images() -> Iterator[tuple[str, str, Case]]:
+    jpeg = small_jpeg()
+    frame = jpeg.index(b"\xff\xc0")
+    big_jpeg = jpeg[: frame + 5] + struct.pack(">HH", 65_535, 65_535) + jpeg[frame + 9 :]
+    zeros = zlib.compress(bytes(64 << 20))
+    gif = io.BytesIO()
+    Image.new("P", (8, 8)).save(gif, "GIF", save_all=True, append_images=[Image.new("P", (8, 8), 1)])
+    big_gif = gif.getvalue()[:6] + struct.pack("<HH", 65_535, 65_535) + gif.getvalue()[10:]
+    tiff = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(tiff, "TIFF")
+    big_tiff = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(big_tiff, "TIFF", compression="group4")
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(cmyk, "JPEG")
+    webp = b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0" * 4 + b"\xff" * 6
+    for name, expected, data in (
+        ("PNG of 2^31 x 2^31", "refused", png(2**31 - 1, 2**31 - 1, zeros)),
+        ("PNG of 30,000 x 30,000", "refused", png(30_000, 30_000, zeros)),
+        ("PNG with more data than pixels", "any", png(8, 8, zeros)),
+        ("PNG of 0 x 0", "refused", png(0, 0, b"")),
+        ("PNG without data", "refused", png(8, 8, b"")),
+        ("JPEG of 65,535 x 65,535", "refused", big_jpeg),
+        ("GIF of 65,535 x 65,535", "refused", big_gif),
+        ("TIFF of 12,000 x 12,000", "refused", big_tiff.getvalue()),
+        ("WebP of 2^24 x 2^24", "refused", webp),
+        ("PPM of 10^9 x 10^9", "refused", b"P6 1000000000 1000000000 255\n"),
+        ("BMP of lying size", "refused", b"BM" + b"\xff" * 60),
+        ("EPS, which runs Ghostscript", "refused", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        ("SVG", "refused", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+        ("pickle", "refused", pickle.dumps(Canary())),
+        ("cut JPEG header", "refused", jpeg[:frame]),
+        ("cut TIFF", "refused", tiff.getvalue()[:100]),
+        ("JPEG and a zip behind it", "harmless", jpeg + b"PK\x03\x04" + bytes(100)),
+        ("GIF of several frames", "harmless", gif.getvalue()),
+        ("CMYK JPEG", "harmless", cmyk.getvalue()),
+        ("nothing", "refused", b""),
+    ):
+        yield name, expected, lambda f, d=data: decode(d, max_pixels=MAX_PIXELS)
+
+
+def configs() -> Iterator[tuple[str, str, Case]]:
+    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    for name, text in (
+        ("python tag", "images: !!python/object/apply:os.system ['touch canary']\n"),
+        ("python name", "images: !!python/name:os.system\n"),
+        ("python new", "images: !!python/object/new:subprocess.Popen [[touch, canary]]\n"),
+        ("billion laughs", laughs),
+        ("anchor in itself", "images: &a [*a]\n"),
+        ("10,000 brackets", "images: " + "[" * 10_000),
+        ("unknown key", "imagez: x\n"),
+        ("number of 10,000 digits", f"k: {'9' * 10_000}\n"),
+        ("not a number", "labels: {k: .nan}\n"),
+        ("null bytes", "images: \0\n"),
+    ):
+        yield name, "refused", lambda f, t=text: read_config(f, t)
+    for url in (
+        "pipe:touch canary",
+        "pipe://touch canary",
+        "zip://x.tar::file:///tmp/a.zip",
+        "simplecache::http://localhost/x.tar",
+        "tar://a::pipe:touch canary",
+        "python://os.system",
+        "{0..99999999999}.tar",
+    ):
+        yield f"location {url}", "refused", lambda f, u=url: open_source(u)
+
+
+def read_config(folder: Path, text: str) -> object:
+    (folder / "job.yaml").write_text(text)
+    return load(LabelFile, folder / "job.yaml")
+
+
+KINDS = {"tars": tars, "images": images, "configs": configs}
+
+
+def outcome(case: Case, folder: Path) -> str:
+    try:
+        case(folder)
+    except KddataError:
+        return "refused"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return "harmless"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_hostile_gets_through(kind: str, tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, __file__, kind], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["cases"] == len(list(KINDS[kind]()))
+    assert found["rss_bytes"] < MAX_RSS_BYTES
+    assert [path.name for path in tmp_path.iterdir()] == ["work"], "something was written outside"
+
+
+def main(kind: str) -> None:
+    wrong, cases, folder = [], 0, Path("work")
+    folder.mkdir()
+    for name, expected, case in KINDS[kind]():
+        cases, begin = cases + 1, time.monotonic()
+        found = outcome(case, folder)
+        if found != expected and not (expected == "any" and found in ("refused", "harmless")):
+            wrong.append(f"{name}: expected {expected}, {found}")
+        sys.stderr.write(f"{time.monotonic() - begin:.2f} s {name}: {found}\n")
+    rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stdout.write(json.dumps({"cases": cases, "rss_bytes": rss_bytes, "wrong": wrong}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
