@@ -131,7 +131,9 @@ def main() -> None:
                     (root / "job").write_bytes(pickle.dumps(dataclasses.replace(job, store=url)))
                 if driver is None:
                     command = [sys.executable, "-c", DRIVER, str(root / "job")]
-                    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=(root / "said").open("wb"))
+                    driver = subprocess.Popen(
+                        command, env=env, stdout=subprocess.DEVNULL, stderr=(root / "said").open("wb")
+                    )
                 until = time.monotonic() + chance.uniform(1, 14)  # a driver takes seconds to start
                 while time.monotonic() < until and driver.poll() is None:
                     time.sleep(0.02)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 
 import numpy as np
 import pytest
 
 from kddata import rng
+from kddata.cards import Format
 from kddata.errors import StoreDamagedError, StoreMissingError, StoreVersionError
 from kddata.store import LabelStore, verify_store
+from kddata.store.formats import FORMATS
 from kddata.store.manifest import MANIFEST, twin
 from kddata.store.storage import Storage
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
@@ -31,8 +34,11 @@ def files(problems: list) -> list[str]:
     return [problem.file for problem in problems]
 
 
-def test_two_thousand_flipped_bits_are_all_found_and_named(store: LabelStore) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_thousand_flipped_bits_are_all_found_and_named(format: Format) -> None:
     """Places are even over files, then over bytes, so that small files are hit as often as large ones."""
+    spec = dataclasses.replace(small_spec(), format=format)
+    store = small_store(f"memory://{uuid.uuid4().hex}", spec=spec)
     storage = store.storage
     names = list(storage.sizes())
     random, hit = rng.stream(0, "flips"), set()
