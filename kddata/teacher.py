@@ -203,7 +203,9 @@ def load_teacher(
     return teacher
 
 
-def build_network(arch: str, *, num_classes: int, weights: str | None = None, seed: int = 0) -> nn.Module:
+def build_network(
+    arch: str, *, num_classes: int, weights: str | None = None, seed: int = 0, new_head: bool = False
+) -> nn.Module:
     """The network that `arch` names, in eval mode, on the CPU, in float32: a pure function of its arguments.
 
     Args:
@@ -212,6 +214,7 @@ def build_network(arch: str, *, num_classes: int, weights: str | None = None, se
         weights: URL or path of a safetensors file that fits exactly; half precision is cast to float. None keeps the
             builder's own initial weights.
         seed: of those initial weights.
+        new_head: the weights are of another number of classes; tensors that differ in it alone keep initial values.
 
     Raises ConfigError for an arch that names no builder, TeacherError for weights that are missing or do not fit, and
     for a builder whose package is not installed.
@@ -224,7 +227,7 @@ def build_network(arch: str, *, num_classes: int, weights: str | None = None, se
         raise TeacherError("arch builds a torch.nn.Module", actual=type(network).__name__, where=arch)
     network = network.float().eval()
     if weights is not None:
-        _load_weights(network, weights, arch)
+        _load_weights(network, weights, arch, num_classes if new_head else None)
     return network
 
 
@@ -237,7 +240,8 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_weights(network: nn.Module, url: str, arch: str) -> None:
+def _load_weights(network: nn.Module, url: str, arch: str, new_classes: int | None) -> None:
+    """Loads a file that fits; with `new_classes`, all of it but the layer whose width is the number of classes."""
     import fsspec
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -250,6 +254,24 @@ def _load_weights(network: nn.Module, url: str, arch: str) -> None:
     except SafetensorError as error:
         raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
     wanted, stored = network.state_dict(), builders.renamed(network, stored)
+    if new_classes is not None:
+        head = [
+            name
+            for name, value in wanted.items()
+            if name in stored
+            and len(value.shape) > 0
+            and (value.shape[0], stored[name].shape[1:]) == (new_classes, value.shape[1:])
+            and stored[name].shape != value.shape
+        ]
+        if not head:
+            raise TeacherError(
+                "new_head is for weights of another number of classes",
+                actual=f"no layer of {url} that differs from num_classes {new_classes} alone",
+                where=arch,
+                fix="leave new_head out",
+            )
+        stored = {name: value for name, value in stored.items() if name not in head}
+        stored |= {name: wanted[name] for name in head}
     # A BatchNorm's step counter says nothing about its answers, and many files leave it out.
     missing = [name for name in wanted if name not in stored and not name.endswith("num_batches_tracked")]
     unexpected = sorted(name for name in stored if name not in wanted)

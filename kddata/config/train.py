@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 
 
 class Student(Section):
-    """`student:` who learns."""
+    """`student:` who learns.
+
+    new_head: the weights are of another number of classes. freeze_batchnorm: its statistics and weights stay.
+    precision: bfloat16 autocasts the forward pass in training.
+    """
 
     arch: str
     num_classes: Count
     weights: str | None = None
+    new_head: bool = False
+    freeze_batchnorm: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Data(Section):
@@ -49,6 +56,9 @@ class Optimizer(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: NotNegative = 0.0
     epochs: Count
+    clip_norm: Positive | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    backbone_lr_scale: NotNegative = 1.0
 
 
 class Evaluate(Section):
@@ -125,6 +135,9 @@ def train_job(file: TrainFile) -> TrainingJob:
             arch=absolute_arch(student.arch),
             num_classes=student.num_classes,
             weights=None if student.weights is None else absolute(student.weights),
+            new_head=student.new_head,
+            freeze_batchnorm=student.freeze_batchnorm,
+            precision=student.precision,
         ),
         method=method,
         data=training.DataArgs(**file.data.model_dump()),

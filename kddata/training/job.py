@@ -17,11 +17,26 @@ from kddata.teacher import TeacherArgs
 
 @dataclass(frozen=True, kw_only=True)
 class StudentArgs:
-    """Who learns: see `teacher.build_network`. Without weights it starts from random ones, drawn by `data.seed`."""
+    """Who learns: see `teacher.build_network`. Without weights it starts from random ones, drawn by `data.seed`.
+
+    Attributes:
+        new_head: the weights are of another number of classes: the last layer starts from random ones.
+        freeze_batchnorm: BatchNorm keeps the statistics and the weights that it starts with.
+        precision: of the forward pass in training; bfloat16 is autocast, and weights stay in float32.
+    """
 
     arch: str
     num_classes: int
     weights: str | None = None
+    new_head: bool = False
+    freeze_batchnorm: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError("student.precision is float32 or bfloat16", actual=repr(self.precision))
+        if self.new_head and self.weights is None:
+            raise ConfigError("student.new_head is for a student that starts from weights", actual="weights: null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +57,9 @@ class OptimizerArgs:
         lr: the largest learning rate.
         schedule: after a linear rise over `warmup_epochs`, falling as half a cosine to 0, or constant.
         epochs: passes over all views of the store.
+        clip_norm: most norm of the gradient of a step; None for any.
+        ema: decay of a moving average of the weights, which is then what is judged and kept; None for none.
+        backbone_lr_scale: learning rate of all layers but the last, as a multiple of the last one's.
     """
 
     lr: float
@@ -51,11 +69,20 @@ class OptimizerArgs:
     weight_decay: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: float = 0.0
+    clip_norm: float | None = None
+    ema: float | None = None
+    backbone_lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("cosine", "constant"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"optimizer.{name} is one of {', '.join(allowed)}", actual=repr(getattr(self, name)))
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError("optimizer.clip_norm is above 0", actual=self.clip_norm)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("optimizer.ema is between 0 and 1", actual=self.ema)
+        if not self.backbone_lr_scale >= 0:
+            raise ConfigError("optimizer.backbone_lr_scale is at least 0", actual=self.backbone_lr_scale)
         if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
             raise ConfigError(
                 "optimizer.epochs is at least 1, and warm-up lies within them",

@@ -17,24 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from kddata import __version__, losses, rng
 from kddata.cards import differences
-from kddata.errors import ConfigError, StoreMismatchError, TeacherError
+from kddata.errors import ConfigError, StoreMismatchError
 from kddata.features import Capture
 from kddata.images import open_source
 from kddata.labels import SoftLabels
 from kddata.losses import Method
 from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
 from kddata.store import LabelStore
-from kddata.teacher import TeacherArgs, build_network, load_teacher, weights_sha256
+from kddata.teacher import TeacherArgs, load_teacher, weights_sha256
 from kddata.training.checks import check_job, content_sha256, ensemble_of, identity, require_same_start, weights
 from kddata.training.head import Answering, folded, require_foldable
-from kddata.training.job import EvaluationArgs, OptimizerArgs, TrainingJob
+from kddata.training.job import EvaluationArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
 from kddata.training.steps import Meter, Step, Taught, mean_losses, require_finite, training_steps
+from kddata.training.students import average_of, build_student, make_optimizer
 
 _LOOK_STEPS = 16
 _log = logging.getLogger(__name__)
@@ -115,12 +115,16 @@ def train(
     on_gpu = device.startswith("cuda")
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else _teacher_in_the_loop(job.teacher, store, method, device)
-    student = _student(job, pixels_of, device)
+    student = build_student(
+        job.student, size_px=job.data.size_px, seed=job.data.seed, pixels_of=pixels_of, device=device
+    )
+    average = None if job.optimizer.ema is None else average_of(student, job.optimizer.ema)
     capture = Capture(student, method.needs.student) if method.needs.student else None
     parts = _parts(job, store, method, student, capture, pixels_of, device)
     pupil = student if parts is None else _Pupil(student, parts)
-    optimizer = _optimizer(job.optimizer, pupil)
-    answering = student if method.head is None else Answering(student, lambda x: method.answer(x, parts))
+    optimizer = make_optimizer(job.optimizer, pupil, student)
+    judged = student if average is None else average.module
+    answering = judged if method.head is None else Answering(judged, lambda x: method.answer(x, parts))
     loss_S: list[float] = []
     cached_loss_S: list[float] = []
     epochs: list[dict[str, Any]] = []
@@ -130,6 +134,8 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         if parts is not None:
             parts.load_state_dict(checkpoint["parts"])
+        if average is not None:
+            average.load_state_dict(checkpoint["average"])
         loss_S, epochs = checkpoint["loss_S"].tolist(), json.loads(checkpoint["epochs"])
         cached_loss_S = checkpoint["cached_loss_S"].tolist()
     require_same_start(len(loss_S), world_size, device, where=job.run)
@@ -166,6 +172,8 @@ def train(
         teach=teach,
         parts=parts,
         capture=capture,
+        clip_norm=job.optimizer.clip_norm,
+        bfloat16=job.student.precision == "bfloat16",
         seed=job.data.seed,
         rank=rank,
         world_size=world_size,
@@ -173,6 +181,8 @@ def train(
     unseen: list[Step] = []  # since the last look at the losses
     of_look, of_epoch = Meter(), Meter()
     for step in steps:
+        if average is not None:
+            average.update_parameters(student)
         unseen.append(step)
         of_look.add(step)
         of_epoch.add(step)
@@ -205,6 +215,8 @@ def train(
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
             if parts is not None:
                 state["parts"] = parts.state_dict()
+            if average is not None:
+                state["average"] = average.state_dict()
             losses_S = {"loss_S": loss_S, "cached_loss_S": cached_loss_S}
             history = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses_S.items()}
             run.save_checkpoint(taken, state | history | {"epochs": json.dumps(epochs)})
@@ -225,6 +237,7 @@ def train(
     if capture is not None:
         capture.close()
     metrics: dict[str, Any] = {"loss_S": loss_S, "epochs": epochs, "cached_loss_S": cached_loss_S}
+    student = judged
     if method.head is not None:
         student = folded(student, lambda x: method.answer(x, parts), job.student.num_classes, where=job.student.arch)
     card = _card(job, [store, *others], student, epochs[-1])
@@ -255,23 +268,6 @@ def finished(job: TrainingJob) -> TrainingResult | None:
     """The result in a job's run folder, or None before the run has finished."""
     result = Run(job.run).result()
     return None if result is None else TrainingResult(card=result[0], **result[1])
-
-
-def _student(job: TrainingJob, pixels_of: Callable[[Tensor], Tensor], device: str) -> nn.Module:
-    """The student on its device. Raises TeacherError unless it answers with one logit a class."""
-    args, size_px = job.student, job.data.size_px
-    student = build_network(args.arch, num_classes=args.num_classes, weights=args.weights, seed=job.data.seed)
-    student = student.to(device).to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        logits = student(pixels_of(torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8)))
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, args.num_classes):
-        raise TeacherError(
-            f"a student answers a view with {args.num_classes} logits",
-            actual=tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__,
-            where=args.arch,
-            fix="set student.num_classes to the width of the network's output",
-        )
-    return student
 
 
 class _Pupil(nn.Module):
@@ -344,14 +340,6 @@ def _teacher_in_the_loop(
         return Taught(SoftLabels.from_logits(logits, k=spec.k, temperatures=spec.temperatures), outputs)
 
     return teach
-
-
-def _optimizer(args: OptimizerArgs, network: nn.Module) -> Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if args.name == "adamw":
-        betas = (args.momentum, 0.999)
-        return torch.optim.AdamW(parameters, lr=args.lr, betas=betas, weight_decay=args.weight_decay)
-    return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
 
 def _exam(

@@ -30,6 +30,7 @@ from kddata.features import Capture
 from kddata.labels import SoftLabels
 from kddata.losses import Method
 from kddata.replay import Batch
+from kddata.training.students import to_train_mode
 
 _CALM = "lower optimizer.lr or lengthen optimizer.warmup_epochs, in a run of another name"
 
@@ -89,6 +90,8 @@ def training_steps(
     capture: Capture | None = None,
     weights: Sequence[float] = (1.0,),
     mixture: bool = False,
+    clip_norm: float | None = None,
+    bfloat16: bool = False,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -103,6 +106,8 @@ def training_steps(
         capture: of the student's tensors that the method needs.
         weights: of the stores that batches come from, in order.
         mixture: whether the loss is against the mixture of their teachers.
+        clip_norm: the norm of all gradients together is made this small where it is larger.
+        bfloat16: whether the student's forward pass is autocast; losses are computed in float32 all the same.
     """
     begin = time.perf_counter()
     for number, batch in enumerate(batches, first_step):
@@ -110,9 +115,11 @@ def training_steps(
         torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "step", number, rank)[:8], "little"))
         lr = learning_rate(number)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        network.train()  # evaluation may have come between
-        logits_BC = network(pixels_of(batch.pixels_u8_B3SS))
+            group["lr"] = lr * group.get("scale", 1.0)
+        to_train_mode(network)  # evaluation may have come between
+        pixels = pixels_of(batch.pixels_u8_B3SS)
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            logits_BC = network(pixels)
         stored = Taught(batch.labels, batch.outputs, batch.others)
         taught = (stored if teach is None else teach(batch)).to(logits_BC.device)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
@@ -135,6 +142,8 @@ def training_steps(
             cached_loss = loss_of(logits_BC.detach(), stored.to(logits_BC.device), look=look).detach()
         optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         optimizer.step()
         end = time.perf_counter()
         yield Step(
