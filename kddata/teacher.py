@@ -246,11 +246,15 @@ def _load_weights(network: nn.Module, url: str, arch: str, new_classes: int | No
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    if "::" in url or url.lower().startswith("pipe:"):
+        raise TeacherError("weights are one file at a path or URL", actual=repr(url), where=arch, fix="copy them first")
     try:
         with fsspec.open(url, "rb") as file:
             stored = load(file.read())
     except FileNotFoundError as error:
         raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
+    except OSError as error:
+        raise TeacherError("weights can be read", actual=error, where=url, fix="correct weights") from error
     except SafetensorError as error:
         raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
     wanted, stored = network.state_dict(), builders.renamed(network, stored)

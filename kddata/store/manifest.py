@@ -12,6 +12,7 @@ from typing import Any
 
 from kddata.cards import StoreSpec, differences
 from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingError
+from kddata.store import rules
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
 
@@ -272,10 +273,14 @@ def parse(data: bytes, *, name: str, where: str) -> dict[str, Any]:
     """The content of the manifest, or the copy of one, that lies under this name. Raises like `unseal`."""
     content = unseal(data, where=where)
     generation = content.get("generation")
-    if generation is None or not name.startswith(manifest_name(generation).removesuffix(".json")):
+    if not (type(generation) is int and 0 < generation < 1_000_000) or not name.startswith(
+        manifest_name(generation).removesuffix(".json")
+    ):
         raise StoreDamagedError(
             "a manifest is of the generation that it is named by", actual=f"generation {generation}", where=where
         )
+    records = {HEADER, IMAGES, *(manifest_name(older) for older in range(1, generation))}
+    rules.check(content, records=records, labels_name=labels_name, where=where)
     return content
 
 

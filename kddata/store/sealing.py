@@ -31,7 +31,7 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
         digest = str(value.pop("seal"))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise StoreDamagedError("a record of a store is sealed JSON", actual=repr(error), where=where) from error
     unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
     if hashlib.sha256(unsealed).hexdigest() != digest:

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -26,6 +27,12 @@ from kddata.config.reading import load
 from kddata.errors import KddataError
 from kddata.images.decode import decode
 from kddata.images.opening import open_source
+from kddata.replay import loader
+from kddata.store import LabelStore
+from kddata.store.manifest import MANIFEST, twin
+from kddata.store.sealing import seal, unseal
+from kddata.teacher import build_network
+from kddata.testing import make_store
 
 MAX_RSS_BYTES = 1 << 30
 MAX_PIXELS = 1_000_000
@@ -181,12 +188,124 @@ def configs() -> Iterator[tuple[str, str, Case]]:
         yield f"location {url}", "refused", lambda f, u=url: open_source(u)
 
 
+def stores() -> Iterator[tuple[str, str, Case]]:
+    """Manifests that are sealed as they should be, and say what they should not."""
+
+    def unit(**changes: object) -> Callable[[dict], None]:
+        return lambda content: content["units"][0].update(changes)
+
+    def top(**changes: object) -> Callable[[dict], None]:
+        return lambda content: content.update(changes)
+
+    hostile: dict[str, Callable[[dict], None]] = {
+        "file above the store": unit(file="../../secret"),
+        "absolute file": unit(file="/etc/passwd"),
+        "file of another unit": unit(file="labels/000001.arrow"),
+        "remote file": unit(file="http://localhost/x"),
+        "number of 30 digits": unit(number=10**30),
+        "10^18 views": unit(view_stop=10**18),
+        "rows below nothing": unit(rows=-1),
+        "text for rows": unit(rows="7"),
+        "true for rows": unit(rows=True),
+        "shard that is not there": unit(shard=10**6),
+        "hash that is none": unit(sha256="x" * 64),
+        "unit without keys": lambda content: content["units"].__setitem__(0, {}),
+        "units of text": top(units="x" * 100),
+        "units of numbers": top(units=[1, 2]),
+        "record above the store": top(files={"../../secret": "0" * 64}),
+        "shards without names": top(image_shards=[{}]),
+        "views of 10^18": top(views_per_image=10**18),
+        "spec without a plan": lambda content: content["spec"].pop("plan"),
+        "spec of text": top(spec="x"),
+        "teacher of a list": lambda content: content["spec"].__setitem__("teacher", []),
+        "library of tomorrow": lambda content: content["spec"].__setitem__("format_version", 99),
+        "generation of text": top(generation="1"),
+    }
+    for name, change in hostile.items():
+        yield name, "refused", lambda f, c=change: tampered(f, c)
+    for name, data in (
+        ("200,000 brackets", b"[" * 200_000),
+        ("a pickle", pickle.dumps(Canary())),
+        ("not a number", b'{"seal": NaN}'),
+        ("nothing", b""),
+    ):
+        yield name, "refused", lambda f, d=data: manifest_of(f, d)
+    yield (
+        "images behind a pipe",
+        "refused",
+        lambda f: reread(f, images={"kind": "tar", "location": "pipe:touch canary"}),
+    )
+    yield "code for a teacher", "harmless", lambda f: tampered(f, code_for_teacher, read=False)
+
+
+def code_for_teacher(content: dict) -> None:
+    content["spec"]["teacher"]["arch"] = "python:os:abort"
+
+
+def a_store(folder: Path) -> tuple[Path, dict]:
+    root = folder / "store"
+    if not root.exists():
+        make_store(root)
+        shutil.copytree(root, folder / "good")
+    shutil.rmtree(root)
+    shutil.copytree(folder / "good", root)
+    return root / "labels", unseal((root / "labels" / MANIFEST).read_bytes(), where="manifest")
+
+
+def tampered(folder: Path, change: Callable[[dict], object], *, read: bool = True) -> None:
+    """Opens, verifies and reads a store with a changed manifest, sealed anew."""
+    _, content = a_store(folder)
+    change(content)
+    manifest_of(folder, seal(content), read=read)
+
+
+def manifest_of(folder: Path, data: bytes, *, read: bool = True) -> None:
+    labels, _ = a_store(folder)
+    for name in (MANIFEST, twin(MANIFEST)):
+        (labels / name).write_bytes(data)
+    opened = LabelStore.open(str(labels))
+    assert not opened.verify()
+    if read:
+        opened.read(0)
+
+
+def reread(folder: Path, **changes: object) -> None:
+    labels, content = a_store(folder)
+    for name in (MANIFEST, twin(MANIFEST)):
+        (labels / name).write_bytes(seal({**content, **changes}))
+    next(iter(loader(LabelStore.open(str(labels)), batch_size=4, size_px=16)))
+
+
+def weights() -> Iterator[tuple[str, str, Case]]:
+    lying = struct.pack("<Q", 1 << 60) + b"{}"
+    huge = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    for name, data in (
+        ("a pickle", pickle.dumps(Canary())),
+        ("a header that lies", lying),
+        ("a tensor of 4 TB", struct.pack("<Q", len(huge)) + huge),
+        ("nothing", b""),
+        ("a zip", b"PK\x03\x04" + bytes(100)),
+    ):
+        yield name, "refused", lambda f, d=data: weights_of(f, d)
+    for url in ("/", "pipe:touch canary", "simplecache::file:///x", "tar://a::pipe:touch canary", "nowhere/x"):
+        yield (
+            f"weights {url}",
+            "refused",
+            lambda f, u=url: build_network("torchvision:squeezenet1_1", num_classes=2, weights=u),
+        )
+
+
+def weights_of(folder: Path, data: bytes) -> object:
+    (folder / "w.safetensors").write_bytes(data)
+    return build_network("torchvision:squeezenet1_1", num_classes=2, weights=str(folder / "w.safetensors"))
+
+
 def read_config(folder: Path, text: str) -> object:
     (folder / "job.yaml").write_text(text)
     return load(LabelFile, folder / "job.yaml")
 
 
-KINDS = {"tars": tars, "images": images, "configs": configs}
+KINDS = {"tars": tars, "images": images, "configs": configs, "stores": stores, "weights": weights}
 
 
 def outcome(case: Case, folder: Path) -> str:
