@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e '.[s3,dev]'
+	$(BIN)/python -m pip install -e '.[readers]'
 	touch $(STAMP)
 
 clean:
