@@ -21,17 +21,21 @@ from kddata.errors import SourceError
 from kddata.images import ImageRef, ImageSource, image_hash, open_source
 from kddata.labels import SoftLabels
 from kddata.order import Order, Window, window_rows_for
-from kddata.store import LabelRows, LabelStore, require_members, require_same_rows
+from kddata.store import Choice, LabelRows, LabelStore, require_members, require_same_rows
 
 _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 
 
-def order_of(store: LabelStore, seed: int) -> Order:
-    """The order of a store's rows for a seed. Its windows depend on the store alone, never on the machine."""
+def order_of(store: LabelStore, seed: int, choice: Choice | None = None) -> Order:
+    """The order of a store's rows, or of the chosen ones, for a seed. Its windows never depend on the machine."""
     label_bytes = 8 * store.spec.k + 4 * len(store.spec.temperatures)  # int32 ids, float32 log-probabilities
     label_bytes += 2 * sum(output.size for output in store.spec.outputs)
     rows = window_rows_for(_ROW_BYTES + label_bytes)
-    return Order(rows_per_unit=store.rows_per_unit, seed=seed, window_rows=rows)
+    return Order(
+        rows_per_unit=store.rows_per_unit if choice is None else choice.rows_per_unit(store.units()),
+        seed=seed,
+        window_rows=rows,
+    )
 
 
 def open_images(store: LabelStore, images: str | Sequence[str] | None = None) -> ImageSource:
@@ -87,10 +91,11 @@ class Reader:
         *,
         outputs: Sequence[str] = (),
         others: Sequence[LabelStore] = (),
+        choice: Choice | None = None,
     ) -> None:
         require_members(store, others)
         self._store, self._source, self._order, self._outputs = store, source, order, tuple(outputs)
-        self._others = list(others)
+        self._others, self._choice = list(others), choice
         self._held: _Held | None = None
 
     def read(self, epoch: int, start: int, stop: int) -> Read:
@@ -129,16 +134,18 @@ class Reader:
         for unit, first, last in window.pieces:
             rows = self._store.read(unit, outputs=self._outputs)
             theirs = [self._read_other(other, unit, rows) for other in self._others]
+            chosen = np.arange(len(rows)) if self._choice is None else self._choice.rows(self._store.units()[unit])
+            chosen = chosen[first:last]
             if mixed:
                 partner = rows.partners()
                 partners.append(np.where(partner < 0, -1, partner + size))
+                places.append(size + chosen)
             else:
-                piece = slice(first, last)
-                rows, theirs, first, last = rows.take(piece), [x.rows(piece) for x in theirs], 0, last - first
+                rows, theirs = rows.take(chosen), [x.rows(torch.from_numpy(chosen)) for x in theirs]
+                places.append(np.arange(size, size + len(rows)))
             kept.append(rows)
             for labels, found in zip(others, theirs, strict=True):
                 labels.append(found)
-            places.append(np.arange(size + first, size + last))
             size += len(rows)
         self._held = _Held(
             epoch,

@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kddata import order
+from kddata.corruption import ClassImbalance, LabelNoise
 from kddata.errors import StoreMismatchError
 from kddata.images import ImageSource, decode
 from kddata.labels import SoftLabels
 from kddata.reader import Reader, open_images, order_of
-from kddata.store import LabelRows, LabelStore
+from kddata.store import Choice, LabelRows, LabelStore, Subset, choose
 from kddata.views import Interpolation, View, ViewPlan, render
 
 _NO_LIMIT = 1 << 62  # pixels: stored rows come from images that kept the limit when they were labelled
@@ -70,6 +72,15 @@ class Batch:
         return replace(self, outputs=outputs, others=others, **pinned)  # type: ignore[arg-type]
 
 
+def choice_of(store: LabelStore, subset: Subset | None, imbalance: ClassImbalance | None) -> Choice | None:
+    """The images of a subset with the classes of an imbalance; None for all. Raises like `store.choose`."""
+    if subset is None and imbalance is None:
+        return None
+    num_classes = store.spec.teacher.num_classes
+    keep = None if imbalance is None else lambda ids, labels: imbalance.keep_N(ids, labels, num_classes)
+    return choose(store, subset, keep)
+
+
 class _Form(TypedDict):
     size_px: int
     interpolation: Interpolation
@@ -91,15 +102,19 @@ class Replay(Dataset[Batch]):
         teacher_px: int | None = None,
         outputs: Sequence[str] = (),
         others: Sequence[LabelStore] = (),
+        subset: Subset | None = None,
+        noise: LabelNoise | None = None,
+        imbalance: ClassImbalance | None = None,
     ) -> None:
         store.spec.require_outputs(outputs, where=store.url)
-        rows = order_of(store, seed)
-        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others)
+        choice = choice_of(store, subset, imbalance)
+        rows = order_of(store, seed, choice)
+        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others, choice=choice)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
         self._sizes_px = [size_px] if teacher_px is None else [size_px, teacher_px]
         self._interpolation: Interpolation = store.spec.plan.interpolation
-        self._num_classes = store.spec.teacher.num_classes
+        self._num_classes, self._noise = store.spec.teacher.num_classes, noise
         self.steps_per_epoch = order.num_steps(rows.num_rows, batch_size)
 
     def __getitem__(self, step: int) -> Batch:
@@ -111,14 +126,15 @@ class Replay(Dataset[Batch]):
         if lent is not None:
             self._check_classes(lent)
         pixels = [torch.empty(len(rows), 3, size_px, size_px, dtype=torch.uint8) for size_px in self._sizes_px]
-        targets, num_lent = torch.from_numpy(rows.label), 0
+        targets, num_lent = torch.from_numpy(self._labels(rows)), 0
+        lent_labels = [] if lent is None else self._labels(lent).tolist()
         targets2, lam_B = targets.clone(), torch.ones(len(rows))
         for i, data in enumerate(read.images):
             image, view, partner = decode(data, max_pixels=_NO_LIMIT), rows.view_at(i), None
             if view.mix is not None:
                 assert lent is not None
                 partner = decode(read.partner_images[num_lent], max_pixels=_NO_LIMIT), lent.view_at(num_lent).unmixed
-                targets2[i], lam_B[i] = int(lent.label[num_lent]), view.mix.lam
+                targets2[i], lam_B[i] = lent_labels[num_lent], view.mix.lam
                 num_lent += 1
             for rendered, size_px in zip(pixels, self._sizes_px, strict=True):
                 form: _Form = {"size_px": size_px, "interpolation": self._interpolation}
@@ -136,6 +152,12 @@ class Replay(Dataset[Batch]):
             outputs={name: torch.from_numpy(value) for name, value in rows.outputs.items()},
             others=tuple(read.others),
         )
+
+    def _labels(self, rows: LabelRows) -> np.ndarray:
+        """Ground truth, made noisy where that was asked for."""
+        if self._noise is None:
+            return rows.label
+        return self._noise.labels(rows.image_id, rows.label, self._num_classes)
 
     def _check_classes(self, rows: LabelRows) -> None:
         if len(rows) and int(rows.label.max()) >= self._num_classes:
@@ -164,6 +186,9 @@ def loader(
     teacher_px: int | None = None,
     outputs: Sequence[str] = (),
     others: Sequence[LabelStore] = (),
+    subset: Subset | None = None,
+    noise: LabelNoise | None = None,
+    imbalance: ClassImbalance | None = None,
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -176,6 +201,8 @@ def loader(
         teacher_px: also render each view at this size.
         outputs: names of stored outputs that batches are to hold.
         others: stores over the same views, whose labels come as `Batch.others`.
+        subset: which images come; see `store.choose`.
+        noise: makes the ground truth noisy; imbalance: makes classes of the subset rare. See `kddata.corruption`.
 
     Raises StoreMismatchError for others that hold other views or images, ConfigError for outputs that are not there.
     """
@@ -190,6 +217,9 @@ def loader(
         teacher_px=teacher_px,
         outputs=outputs,
         others=others,
+        subset=subset,
+        noise=noise,
+        imbalance=imbalance,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)

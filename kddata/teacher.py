@@ -57,6 +57,7 @@ class TeacherArgs:
         dtype: in which it runs. bfloat16 is quick on GPUs, and keeps about three digits of a logit.
         mean, std: of its input channels, for pixels in [0, 1].
         class_names: in the order of its logits, where known.
+        labels_sha256: of the labels that it was trained on, where known: as in the card.json of a training run.
     """
 
     arch: str
@@ -66,6 +67,7 @@ class TeacherArgs:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     class_names: tuple[str, ...] | None = None
+    labels_sha256: str | None = None
     dtype: Dtype = "float32"
 
 
@@ -181,6 +183,7 @@ def load_teacher(
         mean=args.mean,
         std=args.std,
         dtype=args.dtype,
+        labels_sha256=args.labels_sha256,
     )
     teacher = Teacher(
         network,

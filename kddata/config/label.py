@@ -33,6 +33,7 @@ class Teacher(Section):
     """`teacher:` who is asked. class_names: a text file, one name a line, by which the class list is known later.
 
     dtype: in which it runs; bfloat16 for speed on GPUs.
+    labels_sha256: of the labels that it was trained on, where known: as card.json of a training run says.
     """
 
     arch: str
@@ -42,6 +43,7 @@ class Teacher(Section):
     mean: Rgb = IMAGENET_MEAN
     std: Rgb = IMAGENET_STD
     class_names: str | None = None
+    labels_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 16
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
@@ -144,6 +146,7 @@ def label_job(file: LabelFile) -> LabellingJob:
             std=teacher.std,
             class_names=None if teacher.class_names is None else read_class_names(teacher.class_names),
             dtype=teacher.dtype,
+            labels_sha256=teacher.labels_sha256,
         ),
         plan=ViewPlan(
             seed=views.seed,

@@ -38,12 +38,34 @@ class Student(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
+class Noise(Section):
+    """`data.noise:` flip: wrong with probability rate; uniform: drawn anew from all classes with probability rate."""
+
+    rate: Share
+    convention: Literal["flip", "uniform"] = "flip"
+    seed: int = 0
+
+
+class Imbalance(Section):
+    """`data.imbalance:` ratio of the largest class to the smallest, falling exponentially or in one step."""
+
+    ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    kind: Literal["exponential", "step"] = "exponential"
+    seed: int = 0
+
+
 class Data(Section):
-    """`data:` rows of a step over all workers, side of the student's input, seed of order and weights."""
+    """`data:` rows of a step over all workers, side of the student's input, seed of order and weights.
+
+    subset: a share of the images, or a list of classes or of image ids. noise, imbalance: of the ground truth.
+    """
 
     batch_size: Count
     size_px: Count
     seed: int = 0
+    subset: Annotated[float, Field(gt=0, le=1)] | tuple[int, ...] | tuple[str, ...] | None = None
+    noise: Noise | None = None
+    imbalance: Imbalance | None = None
 
 
 class Optimizer(Section):
@@ -118,6 +140,7 @@ def train_job(file: TrainFile) -> TrainingJob:
     Raises ConfigError for a method or an argument of it that does not exist.
     """
     from kddata import losses, training
+    from kddata.corruption import ClassImbalance, LabelNoise
 
     if not isinstance(file.method.get("name"), str):
         raise ConfigError("a method has a name", actual=file.method, where="method", fix="such as {name: kd}")
@@ -140,7 +163,14 @@ def train_job(file: TrainFile) -> TrainingJob:
             precision=student.precision,
         ),
         method=method,
-        data=training.DataArgs(**file.data.model_dump()),
+        data=training.DataArgs(
+            batch_size=file.data.batch_size,
+            size_px=file.data.size_px,
+            seed=file.data.seed,
+            subset=file.data.subset,
+            noise=None if file.data.noise is None else LabelNoise(**file.data.noise.model_dump()),
+            imbalance=None if file.data.imbalance is None else ClassImbalance(**file.data.imbalance.model_dump()),
+        ),
         optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
         images=None if file.images is None else all_absolute(file.images),
         evaluate=None

@@ -7,6 +7,7 @@ Inside, from the ground up: storage (the only way to the files), sealing, rows, 
 formats (arrow and tar), tally, verify, store.
 """
 
+from kddata.store.choice import Choice, Subset, choose
 from kddata.store.ensemble import require_members, require_same_rows
 from kddata.store.lock import Driver, driving, require_free
 from kddata.store.manifest import IndexedShard, Receipt, Unit, plan_units
@@ -16,13 +17,16 @@ from kddata.store.store import LabelStore
 from kddata.store.verify import Problem, verify_store
 
 __all__ = [
+    "Choice",
     "Driver",
     "IndexedShard",
     "LabelRows",
     "LabelStore",
     "Problem",
     "Receipt",
+    "Subset",
     "Unit",
+    "choose",
     "driving",
     "open_storage",
     "plan_units",

@@ -10,15 +10,18 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from kddata import order
 from kddata.cards import canonical_json
+from kddata.corruption import labels_sha256
 from kddata.errors import ConfigError, ResourceError, StoreMismatchError
 from kddata.images import open_source
 from kddata.losses import Method
 from kddata.reader import open_images
-from kddata.store import LabelStore, require_members
+from kddata.replay import choice_of
+from kddata.store import LabelStore, choose, require_members
 from kddata.training.job import TrainingJob
 
 
@@ -52,8 +55,12 @@ def check_job(
             actual=f"{world_size} workers",
             fix="set cluster.workers=1",
         )
-    steps = order.num_steps(store.num_rows, job.data.batch_size)
-    ranges = [order.step_range(step, store.num_rows, job.data.batch_size) for step in (0, steps - 1)]
+    if job.data.noise is not None and not store.info()["labelled"]:
+        raise ConfigError("data.noise is for images with ground truth", actual="none has", where=store.url)
+    choice = choice_of(store, job.data.subset, job.data.imbalance)
+    num_rows = store.num_rows if choice is None else int(choice.rows_per_unit(store.units()).sum())
+    steps = order.num_steps(num_rows, job.data.batch_size)
+    ranges = [order.step_range(step, num_rows, job.data.batch_size) for step in (0, steps - 1)]
     fewest = min(stop - start for start, stop in ranges)
     if fewest < 2 * world_size:
         raise ConfigError(
@@ -115,6 +122,24 @@ def content_sha256(store: LabelStore) -> str:
     assert store.manifest is not None
     content = [store.spec.fingerprint, [unit["sha256"] for unit in store.manifest["units"]]]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def trained_labels_sha256(job: TrainingJob, store: LabelStore) -> str:
+    """The hash of the ground truth that a student is trained on, subset, imbalance and noise included.
+
+    It is what `teacher.labels_sha256` of a label job says, where the student becomes a teacher.
+    """
+    choice = choice_of(store, job.data.subset, job.data.imbalance) or choose(store)
+    ids: list[str] = []
+    labels = []
+    for shard, chosen in enumerate(choice.chosen):
+        here = [image_id for image_id, one in zip(store.image_ids(shard), chosen, strict=True) if one]
+        truth = store.image_labels(shard)[chosen]
+        if job.data.noise is not None:
+            truth = job.data.noise.labels(here, truth, store.spec.teacher.num_classes)
+        ids += here
+        labels.append(truth)
+    return labels_sha256(ids, np.concatenate(labels))
 
 
 def require_same_start(step: int, world_size: int, device: str, *, where: str) -> None:

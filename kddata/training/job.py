@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kddata.corruption import ClassImbalance, LabelNoise
 from kddata.errors import ConfigError
+from kddata.store import Subset
 from kddata.teacher import TeacherArgs
 
 
@@ -41,11 +43,22 @@ class StudentArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What it learns from: rows of a step over all ranks, the side of its input in pixels, the seed of the order."""
+    """What it learns from.
+
+    Attributes:
+        batch_size: rows of a step over all ranks.
+        size_px: side of the student's input.
+        seed: of the order, and of initial weights.
+        subset: which images; see `store.choose`. None for all.
+        noise, imbalance: of the ground truth; see `kddata.corruption`. The store keeps the true one.
+    """
 
     batch_size: int
     size_px: int
     seed: int = 0
+    subset: Subset | None = None
+    noise: LabelNoise | None = None
+    imbalance: ClassImbalance | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,15 @@ from kddata.losses import Method
 from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, load_teacher, weights_sha256
-from kddata.training.checks import check_job, content_sha256, ensemble_of, identity, require_same_start, weights
+from kddata.training.checks import (
+    check_job,
+    content_sha256,
+    ensemble_of,
+    identity,
+    require_same_start,
+    trained_labels_sha256,
+    weights,
+)
 from kddata.training.head import Answering, folded, require_foldable
 from kddata.training.job import EvaluationArgs, TrainingJob
 from kddata.training.predict import normaliser, predict
@@ -151,6 +159,9 @@ def train(
         teacher_px=None if teach is None else store.spec.teacher.size_px,
         outputs=method.needs.outputs,
         others=others,
+        subset=job.data.subset,
+        noise=job.data.noise,
+        imbalance=job.data.imbalance,
     )
     exam = None
     if job.evaluate is not None and rank == 0:
@@ -359,6 +370,7 @@ def _card(
     return {
         **{name: fields[name] for name in ("student", "method", "data", "optimizer", "evaluate")},
         "weights_sha256": weights_sha256(student),
+        "labels_sha256": trained_labels_sha256(job, store),
         "teacher_in_the_loop": job.teacher is not None,
         "store": {"content_sha256": content_sha256(store), "fingerprint": store.spec.fingerprint},
         "teacher": store.spec.to_json()["teacher"],
