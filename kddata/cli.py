@@ -170,6 +170,39 @@ def train(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @command
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="a folder, tars, Parquet files; any URL")],
+    top: Annotated[int, typer.Option(min=1, help="classes to name for each image")] = 5,
+    arch: Annotated[str | None, typer.Option(help="of a python: student, which is code that you trust")] = None,
+    class_names: Annotated[str | None, typer.Option(help="a text file, one name a line")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value a line, one line an image")] = False,
+) -> None:
+    """Classifies images with the student of a finished run.
+
+    \b
+    kddata predict runs/s1 photos/
+    kddata predict runs/s1 shards/{00000..00003}.tar --top 1 --json
+    """
+    from kddata.config.label import read_class_names
+    from kddata.training import classify
+
+    names = None if class_names is None else read_class_names(class_names)
+    right = known = 0
+    for found in classify(run, images[0] if len(images) == 1 else images, arch=arch, top=top):
+        known += found.label is not None
+        right += found.label == found.classes[0]
+        if as_json:
+            commands.say(json.dumps(found._asdict()))
+            continue
+        said = zip(found.classes, found.probabilities, strict=True)
+        text = "  ".join(f"{c if names is None or c >= len(names) else names[c]} {p:.1%}" for c, p in said)
+        commands.say(f"{found.image_id}  {text}")
+    if known and not as_json:
+        commands.say(f"top-1 {right / known:.2%} of {known:,} images with ground truth")
+
+
+@command
 def inspect(store: Store, as_json: AsJson = False) -> None:
     """Says what a finished store is and holds: teacher, views, counts, sizes, and how good and sure the teacher was.
 

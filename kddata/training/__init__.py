@@ -1,11 +1,13 @@
 """Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
 
+from kddata.training.classify import Classified, classify
 from kddata.training.job import DataArgs, EvaluationArgs, Member, OptimizerArgs, StudentArgs, TrainingJob
 from kddata.training.loop import Progress, TrainingResult, check, finished, train
 from kddata.training.predict import Predictions, normaliser, predict
 from kddata.training.steps import Step, training_steps
 
 __all__ = [
+    "Classified",
     "DataArgs",
     "EvaluationArgs",
     "Member",
@@ -17,6 +19,7 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "check",
+    "classify",
     "finished",
     "normaliser",
     "predict",

@@ -367,8 +367,14 @@ def _card(
     job: TrainingJob, stores: Sequence[LabelStore], student: nn.Module, last: Mapping[str, Any]
 ) -> dict[str, Any]:
     fields, store = dataclasses.asdict(job), stores[0]
-    return {
+    card = {
         **{name: fields[name] for name in ("student", "method", "data", "optimizer", "evaluate")},
+        "input": {
+            "size_px": job.data.size_px,
+            "mean": store.spec.teacher.mean,
+            "std": store.spec.teacher.std,
+            "interpolation": store.spec.plan.interpolation,
+        },
         "weights_sha256": weights_sha256(student),
         "labels_sha256": trained_labels_sha256(job, store),
         "teacher_in_the_loop": job.teacher is not None,
@@ -378,3 +384,4 @@ def _card(
         "metrics": dict(last),
         "versions": {"kddata": __version__, "torch": torch.__version__},
     }
+    return json.loads(json.dumps(card))  # as it will be read back: lists for tuples

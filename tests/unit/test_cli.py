@@ -27,6 +27,7 @@ COMMANDS = (
     "plan",
     "extend",
     "train",
+    "predict",
     "inspect",
     "verify",
     "repair",
