@@ -17,6 +17,8 @@ import difflib
 import hashlib
 import importlib
 import json
+import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +55,41 @@ def public_name(arch: str) -> str:
         raise _no_config(name, error) from error
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return f"hf:{config.get('model_type')}@{digest[:16]}"
+
+
+def is_published(weights: str) -> bool:
+    """Whether weights are named as torchvision publishes them, such as "ResNet50_Weights.IMAGENET1K_V2"."""
+    return re.fullmatch(r"\w+_Weights\.\w+", weights) is not None
+
+
+def published_weights(arch: str, name: str) -> dict[str, Tensor]:
+    """The weights that torchvision publishes for an arch under a name, from its cache, or fetched into it.
+
+    The hash in the file's name is checked when it is fetched, and no code is loaded (weights_only).
+
+    Raises TeacherError for a name that is not among those of the arch, and where they cannot be fetched.
+    """
+    import torchvision
+
+    scheme, _, model = arch.partition(":")
+    known = []
+    if scheme == "torchvision" and model in torchvision.models.list_models():
+        known = [str(weights) for weights in torchvision.models.get_model_weights(model)]
+    if name not in known:
+        raise TeacherError(
+            "named weights are those that torchvision publishes for the arch",
+            actual=f"{name} for {arch}",
+            fix=f"one of {', '.join(known)}, or a safetensors file" if known else "name a safetensors file",
+        )
+    try:
+        return torchvision.models.get_weight(name).get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise TeacherError(
+            "published weights can be fetched",
+            actual=error,
+            where=name,
+            fix="fetch them where the network is reached, and name the file as safetensors",
+        ) from error
 
 
 def renamed(network: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:

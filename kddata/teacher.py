@@ -51,7 +51,8 @@ class TeacherArgs:
 
     Attributes:
         arch: "torchvision:NAME", "timm:NAME", "hf:NAME-or-path", or "python:package.module:callable".
-        weights: URL or path of a safetensors file; None only for a `python:` callable that brings its own.
+        weights: URL or path of a safetensors file, or a name of torchvision's, as "ResNet50_Weights.IMAGENET1K_V2"; None
+            only for a `python:` callable that brings its own.
         num_classes: C.
         size_px: side of its input.
         dtype: in which it runs. bfloat16 is quick on GPUs, and keeps about three digits of a logit.
@@ -214,8 +215,8 @@ def build_network(
     Args:
         arch: as in `TeacherArgs`; see `kddata.builders`.
         num_classes: handed to the builder by this name.
-        weights: URL or path of a safetensors file that fits exactly; half precision is cast to float. None keeps the
-            builder's own initial weights.
+        weights: URL or path of a safetensors file, or a name of torchvision's. They fit exactly; half precision is cast
+            to float. None keeps the builder's own initial weights.
         seed: of those initial weights.
         new_head: the weights are of another number of classes; tensors that differ in it alone keep initial values.
 
@@ -245,21 +246,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 def _load_weights(network: nn.Module, url: str, arch: str, new_classes: int | None) -> None:
     """Loads a file that fits; with `new_classes`, all of it but the layer whose width is the number of classes."""
-    import fsspec
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if "::" in url or url.lower().startswith("pipe:"):
-        raise TeacherError("weights are one file at a path or URL", actual=repr(url), where=arch, fix="copy them first")
-    try:
-        with fsspec.open(url, "rb") as file:
-            stored = load(file.read())
-    except FileNotFoundError as error:
-        raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
-    except OSError as error:
-        raise TeacherError("weights can be read", actual=error, where=url, fix="correct weights") from error
-    except SafetensorError as error:
-        raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
+    stored = builders.published_weights(arch, url) if builders.is_published(url) else _read_weights(url, arch)
     wanted, stored = network.state_dict(), builders.renamed(network, stored)
     if new_classes is not None:
         head = [
@@ -296,6 +283,24 @@ def _load_weights(network: nn.Module, url: str, arch: str, new_classes: int | No
             fix="check arch and num_classes",
         )
     network.load_state_dict(stored, strict=False)  # casts to the network's dtype; all that may miss are step counters
+
+
+def _read_weights(url: str, arch: str) -> dict[str, Tensor]:
+    import fsspec
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if "::" in url or url.lower().startswith("pipe:"):
+        raise TeacherError("weights are one file at a path or URL", actual=repr(url), where=arch, fix="copy them first")
+    try:
+        with fsspec.open(url, "rb") as file:
+            return load(file.read())
+    except FileNotFoundError as error:
+        raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
+    except OSError as error:
+        raise TeacherError("weights can be read", actual=error, where=url, fix="correct weights") from error
+    except SafetensorError as error:
+        raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
 
 
 def _first(names: list[str]) -> str:

@@ -27,6 +27,7 @@ from ray.util.annotations import RayDeprecationWarning
 from torch import Tensor
 
 from kddata import labelling
+from kddata.builders import is_published
 from kddata.cards import TeacherCard
 from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected
@@ -85,7 +86,9 @@ def label(
         return Labelled(store=labelling.prepare(job), new_units=0)
     require_free(job.store)  # and not to see that another driver is at work
     with connected():
-        require_shared({"images": job.images, "store": job.store, "teacher.weights": job.teacher.weights})
+        weights = job.teacher.weights
+        on_file = None if weights is None or is_published(weights) else weights
+        require_shared({"images": job.images, "store": job.store, "teacher.weights": on_file})
         require_room("teachers", teachers, cpus=job.threads, gpus=gpus_per_teacher, key="cluster.teachers")
         with driving(job.store) as driver:
             store = labelling.prepare(job, extend=extend)

@@ -15,6 +15,7 @@ from kddata.config.reading import (
     Share,
     absolute,
     absolute_arch,
+    absolute_weights,
     all_absolute,
 )
 from kddata.errors import ConfigError
@@ -139,7 +140,7 @@ def label_job(file: LabelFile) -> LabellingJob:
         store=absolute(file.store),
         teacher=TeacherArgs(
             arch=absolute_arch(teacher.arch),
-            weights=None if teacher.weights is None else absolute(teacher.weights),
+            weights=absolute_weights(teacher.weights),
             num_classes=teacher.num_classes,
             size_px=teacher.size_px,
             mean=teacher.mean,

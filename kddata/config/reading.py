@@ -151,6 +151,13 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
+def absolute_weights(weights: str | None) -> str | None:
+    """Weights of which a plain path has become absolute; a name of torchvision's stays."""
+    from kddata.builders import is_published
+
+    return weights if weights is None or is_published(weights) else absolute(weights)
+
+
 def absolute_arch(arch: str) -> str:
     """An arch of which the folder in hf:FOLDER has become absolute, like a location; any other stays."""
     scheme, _, name = arch.partition(":")

@@ -15,6 +15,7 @@ from kddata.config.reading import (
     Share,
     absolute,
     absolute_arch,
+    absolute_weights,
     all_absolute,
 )
 from kddata.errors import ConfigError
@@ -157,7 +158,7 @@ def train_job(file: TrainFile) -> TrainingJob:
         student=training.StudentArgs(
             arch=absolute_arch(student.arch),
             num_classes=student.num_classes,
-            weights=None if student.weights is None else absolute(student.weights),
+            weights=absolute_weights(student.weights),
             new_head=student.new_head,
             freeze_batchnorm=student.freeze_batchnorm,
             precision=student.precision,

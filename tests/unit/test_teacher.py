@@ -1,13 +1,16 @@
 """Teachers: built exactly as described, or refused with names; their answers depend on pixels alone."""
 
 import dataclasses
+import pickle
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import get_weight
 
 from kddata import nets
 from kddata.errors import ConfigError, TeacherError
@@ -266,3 +269,30 @@ def test_the_fake_teacher_is_exact():
 def test_networks_take_small_images(builder, size_px):
     network = builder(num_classes=7).eval()
     assert network(torch.rand(2, 3, size_px, size_px)).shape == (2, 7)
+
+
+def test_weights_are_named_as_torchvision_publishes_them(tmp_path, monkeypatch):
+    """A file in torchvision's cache is taken; the fetch itself needs a network, and is torchvision's."""
+    name = "SqueezeNet1_1_Weights.IMAGENET1K_V1"
+    network = build_network("torchvision:squeezenet1_1", num_classes=1000, seed=4)
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(network.state_dict(), cache / Path(get_weight(name).url).name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    loaded = build_network("torchvision:squeezenet1_1", num_classes=1000, weights=name)
+    assert weights_sha256(loaded) == weights_sha256(network)
+    with pytest.raises(TeacherError, match=r"for torchvision:squeezenet1_0.*one of SqueezeNet1_0_Weights"):
+        build_network("torchvision:squeezenet1_0", num_classes=1000, weights=name)
+    with pytest.raises(TeacherError, match="fit torchvision:squeezenet1_1 exactly"):
+        build_network("torchvision:squeezenet1_1", num_classes=10, weights=name)
+    assert build_network("torchvision:squeezenet1_1", num_classes=10, weights=name, new_head=True)
+
+
+def test_published_weights_that_run_code_are_refused(tmp_path, monkeypatch):
+    name = "SqueezeNet1_1_Weights.IMAGENET1K_V1"
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    path = tmp_path / "hub" / "checkpoints" / Path(get_weight(name).url).name
+    path.write_bytes(pickle.dumps(print))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(TeacherError, match="published weights can be fetched"):
+        build_network("torchvision:squeezenet1_1", num_classes=1000, weights=name)
