@@ -51,7 +51,7 @@ class TeacherArgs:
 
     Attributes:
         arch: "torchvision:NAME", "timm:NAME", "hf:NAME-or-path", or "python:package.module:callable".
-        weights: URL or path of a safetensors file, or a name of torchvision's, as "ResNet50_Weights.IMAGENET1K_V2"; None
+        weights: URL or path of a safetensors file, or a name of torchvision's (ResNet50_Weights.IMAGENET1K_V2); None
             only for a `python:` callable that brings its own.
         num_classes: C.
         size_px: side of its input.
