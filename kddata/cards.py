@@ -14,13 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from kddata import rng
 from kddata.errors import ConfigError, StoreMismatchError, StoreVersionError
-from kddata.labels import declare
+from kddata.labels import MAX_DRAWS, SoftLabels, declare
 from kddata.views import ViewPlan
 
 FORMAT_VERSION = 1
 COMPACT_MAX_K = 255
 
+Keep = Literal["top", "sampled"]
 Codec = Literal["exact", "compact"]
 Format = Literal["arrow", "tar", "tar+images"]
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -91,6 +96,7 @@ class StoreSpec:
         plan: how views are drawn.
         teacher: who spoke.
         k: kept classes.
+        keep: the k most probable ones, or as many draws from the teacher's probabilities (see `SoftLabels.from_draws`).
         temperatures: at which the tail mass is stored.
         codec: how label values are rounded and packed.
         format: of the shard files.
@@ -106,6 +112,7 @@ class StoreSpec:
     plan: ViewPlan
     teacher: TeacherCard
     k: int
+    keep: Keep = "top"
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
     format: Format = "arrow"
@@ -134,6 +141,16 @@ class StoreSpec:
         if len(set(names)) < len(names):
             raise ConfigError("labels.outputs names each output once", actual=names)
         object.__setattr__(self, "temperatures", declare(self.temperatures))
+        if self.keep not in ("top", "sampled"):
+            raise ConfigError("labels.keep is top or sampled", actual=repr(self.keep))
+        if self.keep == "sampled" and self.temperatures != (1.0,):
+            raise ConfigError(
+                "sampled labels are of temperature 1: importance weights cannot be tempered afterwards",
+                actual=f"labels.temperatures {list(self.temperatures)}",
+                fix="set labels.temperatures=[1], or labels.keep=top",
+            )
+        if self.keep == "sampled" and self.k > MAX_DRAWS:
+            raise ConfigError(f"labels.keep=sampled draws at most {MAX_DRAWS} classes", actual=f"labels.k = {self.k}")
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +162,17 @@ class StoreSpec:
         value = json.loads(canonical_json(dataclasses.asdict(self)))
         if not self.outputs:
             del value["outputs"]
+        if self.keep == "top":
+            del value["keep"]
         return value
+
+    def labels_of(self, logits_BC: Tensor, image_ids: Sequence[str], views: Sequence[int]) -> SoftLabels:
+        """What a store of this spec keeps of a teacher's answers to these views: whoever asks, the same draws."""
+        if self.keep == "top":
+            return SoftLabels.from_logits(logits_BC, k=self.k, temperatures=self.temperatures)
+        keys = zip(image_ids, views, strict=True)
+        start_B = [rng.unit_interval(self.plan.seed, "sampled", image_id, int(view)) for image_id, view in keys]
+        return SoftLabels.from_draws(logits_BC, k=self.k, start_B=torch.tensor(start_B, dtype=torch.float64))
 
     def require_outputs(self, names: Sequence[str], *, where: str) -> None:
         """Raises ConfigError naming the outputs that a store of this spec does not hold."""

@@ -227,6 +227,8 @@ def summary(info: dict[str, Any]) -> list[tuple[str, str]]:
     spec = info["spec"]
     teacher, plan = spec["teacher"], spec["plan"]
     accuracy = info["teacher_accuracy"]
+    sampled = spec.get("keep") == "sampled"
+    by = ", by the class most drawn" if sampled else ""
     crop = f"centre {plan['center_px']} px" if plan["policy"] == "center" else _random_crop(plan)
     return [
         ("store", f"{info['url']}, {spec['format']}, codec {spec['codec']}, format version {spec['format_version']}"),
@@ -234,14 +236,18 @@ def summary(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("teacher", f"{teacher['arch']}, {teacher['num_classes']} classes, {teacher['size_px']} px"),
         ("weights", f"sha256 {teacher['weights_sha256']}"),
         ("views", f"{info['views_per_image']} an image, {crop}, {plan['interpolation']}, seed {plan['seed']}"),
-        ("labels", f"k = {spec['k']} of {teacher['num_classes']}, temperatures {spec['temperatures']}"),
+        (
+            "labels",
+            f"k = {spec['k']} {'draws ' if sampled else ''}of {teacher['num_classes']}, "
+            f"temperatures {spec['temperatures']}",
+        ),
         ("outputs", ", ".join(f"{x['name']} {x['shape']}" for x in spec.get("outputs", ())) or "none"),
         ("images", f"{info['labelled_images']:,} in {info['images']['shards']} shards, {info['bad_images']} bad"),
         ("", str(info["images"]["location"])),
         ("rows", f"{info['rows']:,} in {info['units']:,} units"),
         ("size", f"{info['bytes']:,} B, {info['bytes_per_view']:.1f} B a view"),
-        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of {info['labelled']:,} views"),
-        ("entropy", f"{info['mean_entropy_nats']:.3f} nats, mean over views"),
+        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of {info['labelled']:,} views{by}"),
+        ("entropy", f"{info['mean_entropy_nats']:.3f} nats, mean over views{' of the draws' if sampled else ''}"),
         ("tail mass", f"{info['mean_tail_mass']:.4f}, mean over views"),
     ]
 
@@ -440,7 +446,7 @@ def audit(
     views: Annotated[int, typer.Option(min=1, help="most stored views to ask about")] = 256,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
     images: Images = None,
-    min_top1: Annotated[float, typer.Option(help="least share of views with the stored top-1 class")] = 0.99,
+    min_top1: Annotated[float, typer.Option(help="least share of views with the stored top-1 (or of draws)")] = 0.99,
     max_kl: Annotated[float, typer.Option(help="most mean KL(stored || asked again), nats")] = 0.01,
     min_accuracy: Annotated[float, typer.Option(help="least accuracy of the teacher, where there is ground truth")] = 0,
     max_bad: Annotated[float, typer.Option(help="most bad images, as a share of all")] = 1,
@@ -490,7 +496,10 @@ def audit_lines(found: Audit) -> list[tuple[str, str]]:
     """What `kddata audit` prints, as (name, text)."""
     again, classes = "no teacher named, so none was asked again (--job)", "no ground truth"
     if found.views:
-        again = f"top-1 as stored {found.top1_match:.2%}, KL mean {found.mean_kl:.3g}, largest {found.max_kl:.3g} nats"
+        again = f"{found.top1_match:.2%} of the draws are drawn again"
+        if found.mean_kl is not None:
+            again = f"top-1 as stored {found.top1_match:.2%}, KL mean {found.mean_kl:.3g}, "
+            again += f"largest {found.max_kl:.3g} nats"
         again = f"{found.views} views: {again}"
     if found.images_per_class is not None:
         least, median, most = found.images_per_class

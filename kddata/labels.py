@@ -1,7 +1,8 @@
 """Soft labels: what a teacher said about a batch of views, kept sparse. Pure values; nothing here reads or writes.
 
 Trade-off: the k most probable classes and the exact mass of all others at every declared temperature are kept,
-instead of all classes. With k = C nothing is lost.
+instead of all classes. With k = C nothing is lost. Or k classes are drawn at random, which keeps less of each view
+and nothing but noise of the tail, and is unbiased over many views.
 
 Shapes: B rows, C classes, K kept classes (K <= C), T declared temperatures. Logarithms are natural.
 """
@@ -18,12 +19,17 @@ from torch import Tensor
 
 from kddata.errors import LabelError
 
+MAX_DRAWS = 2048  # of sampled labels: so many counts are told apart by a float16 of log(count / k)
+
 DenseTail = Literal["renorm", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftLabels:
-    """Top-k soft labels of B views.
+    """Top-k soft labels of B views, or sampled ones.
+
+    Sampled labels hold w = count / k of k draws from the teacher's probabilities in place of these: E[w] = p. Classes
+    that were not drawn fill the row up, at -inf; the tail is empty, and temperature 1 is the only one.
 
     Attributes:
         ids_BK: class ids, distinct in a row, by falling probability, ties by lower id. Any integer dtype.
@@ -32,6 +38,7 @@ class SoftLabels:
             classes; -inf where K == C.
         temperatures: the declared temperatures, rising; 1.0 is always one of them.
         num_classes: C.
+        sampled: whether the classes were drawn; see `from_draws`.
     """
 
     ids_BK: Tensor
@@ -39,6 +46,7 @@ class SoftLabels:
     log_tail_BT: Tensor
     temperatures: tuple[float, ...]
     num_classes: int
+    sampled: bool = False
 
     def __len__(self) -> int:
         return self.ids_BK.shape[0]
@@ -57,17 +65,9 @@ class SoftLabels:
 
         Raises LabelError for k outside 1..C, a temperature that is not positive, or logits that hold NaN or +inf.
         """
-        if logits_BC.ndim != 2:
-            raise LabelError("logits are [B, C]", actual=tuple(logits_BC.shape))
-        num_classes = logits_BC.shape[1]
-        if not 1 <= k <= num_classes:
-            raise LabelError(f"k is between 1 and the number of classes, {num_classes}", actual=f"k = {k}")
+        logits = _checked(logits_BC, k)
+        num_classes = logits.shape[1]
         temperatures = declare(temperatures)
-        logits = logits_BC.detach().to(torch.promote_types(logits_BC.dtype, torch.float32))
-        bad = ~torch.isfinite(logits.amax(1))  # amax passes NaN on
-        if bool(bad.any()):
-            rows = bad.nonzero()[:8, 0].tolist()
-            raise LabelError("logits are finite, or -inf in some classes", actual=f"otherwise in rows {rows}")
         ids = top_k_ids(logits, k)
         log_p = torch.log_softmax(logits, dim=1).gather(1, ids)
         tails = []
@@ -83,6 +83,41 @@ class SoftLabels:
             num_classes=num_classes,
         )
 
+    @classmethod
+    def from_draws(cls, logits_BC: Tensor, *, k: int, start_B: Tensor) -> SoftLabels:
+        """Sampled labels: `log_p = log(count / k)` of k draws from each row's softmax, at temperature 1.
+
+        Draw i of a row is the class in whose stretch of the row's cumulative probabilities `(start + i) / k` lies. With
+        start even in [0, 1) each point is as likely anywhere, so that E[count / k] = p in every class; and as the
+        points are evenly spaced, each count is k p rounded up or down: no counts of k draws with these means vary less.
+        Sources: Anshumann et al., arXiv 2503.16870 (sampled labels, drawn independently there); Kitagawa, "Monte Carlo
+        filter and smoother" (1996), for systematic resampling.
+
+        Args:
+            start_B: in [0, 1), float64, one a row.
+
+        Raises like `from_logits`.
+        """
+        logits = _checked(logits_BC, k)
+        if k > MAX_DRAWS:
+            raise LabelError(f"at most {MAX_DRAWS} classes are drawn", actual=f"k = {k}")
+        edges_BC = torch.softmax(logits.double(), dim=1).cumsum(1)
+        total_B1 = edges_BC[:, -1:]
+        steps_K = torch.arange(k, dtype=torch.float64, device=logits.device)
+        points_BK = (start_B.to(steps_K)[:, None] + steps_K) / k * total_B1
+        points_BK = torch.minimum(points_BK, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+        drawn_BK = torch.searchsorted(edges_BC, points_BK, right=True)  # never a class of probability 0
+        count_BC = torch.zeros_like(logits).scatter_add_(1, drawn_BK, torch.ones_like(points_BK, dtype=logits.dtype))
+        ids = top_k_ids(count_BC, k)
+        return cls(
+            ids_BK=ids.to(torch.int32),
+            log_p_BK=log_share(count_BC.gather(1, ids), k).to(logits.dtype),
+            log_tail_BT=logits.new_full((len(logits), 1), -math.inf),
+            temperatures=(1.0,),
+            num_classes=logits.shape[1],
+            sampled=True,
+        )
+
     def at(self, temperature: float) -> tuple[Tensor, Tensor]:
         """(log_p_BK, log_tail_B) at a temperature: `log_p / t`, shifted so that it and the tail sum to 1.
 
@@ -92,6 +127,12 @@ class SoftLabels:
         """
         if not (math.isfinite(temperature) and temperature > 0):
             raise LabelError("a temperature is a positive number", actual=temperature)
+        if self.sampled and temperature != 1:
+            raise LabelError(
+                "sampled labels are used at temperature 1: importance weights cannot be tempered afterwards",
+                actual=f"temperature {temperature:g}",
+                fix="set the temperature to 1, or label again with labels.keep=top",
+            )
         log_p = self.log_p_BK.to(torch.promote_types(self.log_p_BK.dtype, torch.float32))
         scaled = log_p / temperature
         if self.k == self.num_classes:
@@ -145,6 +186,11 @@ class SoftLabels:
         }
         if self.k == self.num_classes:
             rules["the tail is empty when k = C"] = (log_tail != -math.inf).any(1)
+        if self.sampled:
+            count = log_p.double().exp() * self.k
+            whole = (count - count.round()).abs() <= slack * count  # 0 draws are 0, whatever the slack
+            rules["sampled labels are shares of k draws"] = ~whole.all(1) | (count.round().sum(1) != self.k)
+            rules["sampled labels have no tail, and one temperature"] = (log_tail != -math.inf).any(1)
         for rule, broken in rules.items():
             if bool(broken.any()):
                 raise LabelError(rule, actual=f"otherwise in rows {broken.nonzero()[:8, 0].tolist()}")
@@ -165,14 +211,16 @@ class SoftLabels:
     def cat(parts: list[SoftLabels]) -> SoftLabels:
         """All rows of labels of one form (classes, k, temperatures), one after the other."""
         first = parts[0]
-        if any((p.num_classes, p.k, p.temperatures) != (first.num_classes, first.k, first.temperatures) for p in parts):
-            raise LabelError("labels that are joined share classes, k and temperatures")
+        forms = {(part.num_classes, part.k, part.temperatures, part.sampled) for part in parts}
+        if len(forms) != 1:
+            raise LabelError("labels that are joined share classes, k and temperatures, and are all sampled or none")
         return SoftLabels(
             ids_BK=torch.cat([p.ids_BK for p in parts]),
             log_p_BK=torch.cat([p.log_p_BK for p in parts]),
             log_tail_BT=torch.cat([p.log_tail_BT for p in parts]),
             temperatures=first.temperatures,
             num_classes=first.num_classes,
+            sampled=first.sampled,
         )
 
     @staticmethod
@@ -182,8 +230,15 @@ class SoftLabels:
         At another temperature this is the tempered mixture, not the mixture of tempered answers.
         Source: Stanton et al., arXiv 2106.05945, for the ensembles of its teachers.
 
-        Raises LabelError unless all classes are kept (k = C), as the mixture's top classes need not be anyone's.
+        Raises LabelError unless all classes are kept (k = C), as the mixture's top classes need not be anyone's, and
+        for sampled labels.
         """
+        if any(part.sampled for part in parts):
+            raise LabelError(
+                "teachers are mixed where all keep all of the same classes",
+                actual="sampled labels",
+                fix="weigh the losses instead (combine: losses), which of sampled labels has the mixture's gradient",
+            )
         classes = {(part.k, part.num_classes) for part in parts}
         if len(classes) != 1 or parts[0].k != parts[0].num_classes:
             raise LabelError(
@@ -203,6 +258,7 @@ class SoftLabels:
             log_tail_BT=fn(self.log_tail_BT),
             temperatures=self.temperatures,
             num_classes=self.num_classes,
+            sampled=self.sampled,
         )
 
 
@@ -212,6 +268,11 @@ def declare(temperatures: tuple[float, ...]) -> tuple[float, ...]:
         if not (math.isfinite(t) and t > 0):
             raise LabelError("a temperature is a positive number", actual=t)
     return tuple(sorted({1.0, *(float(t) for t in temperatures)}))
+
+
+def log_share(count_BK: Tensor, k: int) -> Tensor:
+    """log(count / k) in float64: of k draws, what their counts say; -inf for 0."""
+    return (count_BK.double() / k).log()
 
 
 def top_k_ids(logits_BC: Tensor, k: int) -> Tensor:
@@ -226,6 +287,21 @@ def top_k_ids(logits_BC: Tensor, k: int) -> Tensor:
     rank = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
     ids = torch.arange(logits_BC.shape[1], device=logits_BC.device)
     return ids.shape[0] - 1 - (rank * 2**31 + (ids.shape[0] - 1 - ids)).topk(k, dim=1).values.remainder(2**31)
+
+
+def _checked(logits_BC: Tensor, k: int) -> Tensor:
+    """Logits in float32 at least. Raises LabelError as `from_logits` says."""
+    if logits_BC.ndim != 2:
+        raise LabelError("logits are [B, C]", actual=tuple(logits_BC.shape))
+    num_classes = logits_BC.shape[1]
+    if not 1 <= k <= num_classes:
+        raise LabelError(f"k is between 1 and the number of classes, {num_classes}", actual=f"k = {k}")
+    logits = logits_BC.detach().to(torch.promote_types(logits_BC.dtype, torch.float32))
+    bad = ~torch.isfinite(logits.amax(1))  # amax passes NaN on
+    if bool(bad.any()):
+        rows = bad.nonzero()[:8, 0].tolist()
+        raise LabelError("logits are finite, or -inf in some classes", actual=f"otherwise in rows {rows}")
+    return logits
 
 
 def _log1mexp(x: Tensor) -> Tensor:

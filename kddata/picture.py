@@ -95,7 +95,7 @@ def draw_views(
         tile.add_patch(Rectangle((0, 0), 1, 1, transform=tile.transAxes, fill=False, edgecolor=colour, linewidth=4))
         labels = rows.labels.rows(slice(i, i + 1))
         said = zip(labels.ids_BK[0].tolist(), labels.log_p_BK[0].float().exp().tolist(), strict=True)
-        text = [f"{p:6.1%}  {_name(c, class_names)}{' *' * (c == truth)}" for c, p in list(said)[:_TOP]]
+        text = [f"{p:6.1%}  {_name(c, class_names)}{' *' * (c == truth)}" for c, p in list(said)[:_TOP] if p]
         title = [f"view {rows.view[i]}{', flipped' * view.flip}", *recipes[i]]
         tile.set_title("\n".join([*title, *text]), fontsize=8, loc="left", family="monospace")
     FigureCanvasAgg(figure).print_png(file)

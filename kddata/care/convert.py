@@ -35,12 +35,12 @@ def convert(
         images: where the images lie now, if they moved; they are read for format tar+images alone.
         on_receipt: called with the receipt of each unit that is written now, for progress.
 
-    Raises ConfigError for codec exact of a compact store, whose values are rounded already, and for labels that codec
-    compact cannot hold; StoreMismatchError, naming the field, where something else lies at `out`; StoreDamagedError for
-    a damaged shard of the store.
+    Raises ConfigError for codec exact of a compact store, whose values are rounded already (those of sampled labels are
+    not), and for labels that codec compact cannot hold; StoreMismatchError, naming the field, where something else lies
+    at `out`; StoreDamagedError for a damaged shard of the store.
     """
     spec = dataclasses.replace(store.spec, format=format or store.spec.format, codec=codec or store.spec.codec)
-    if (store.spec.codec, spec.codec) == ("compact", "exact"):
+    if (store.spec.codec, spec.codec, spec.keep) == ("compact", "exact", "top"):
         raise ConfigError(
             "codec exact holds values as the teacher gave them",
             actual="a compact store, whose values are rounded",

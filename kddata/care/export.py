@@ -3,7 +3,8 @@
 A row is one view of one image. Columns, in this order:
 
     image_id, view, label                     string; int32; int32 or null
-    ids, log_p                                lists of k: class ids int32, log-probabilities float32, falling
+    ids, log_p                                lists of k: class ids int32, log-probabilities float32, falling; of
+                                              sampled labels log(draws / k), -inf for the classes that fill a row up
     log_tail                                  list: float32, one for each temperature that the file's metadata names
     top, left, height, width, flip            the crop, int32, in px of the image (or of the resized one); bool
     resize_height, resize_width               int32 or null: what the whole image is first resized to
@@ -87,6 +88,7 @@ def _schema(store: LabelStore) -> pa.Schema:
         "num_classes": spec.teacher.num_classes,
         "teacher": spec.teacher.arch,
         "temperatures": spec.temperatures,
+        **({"keep": spec.keep} if spec.keep != "top" else {}),
     }
     fields = [
         pa.field("image_id", pa.string(), nullable=False),

@@ -74,12 +74,15 @@ class Views(Section):
 class Labels(Section):
     """`labels:` what is kept of each answer, and how.
 
+    keep: top, the k most probable classes; or sampled, k draws from the teacher's probabilities, which are unbiased and
+    serve method kd with tail sampled at temperature 1.
     format: arrow; tar, for the webdataset library; or tar+images, with the images' bytes beside their labels.
     outputs: tensors inside the teacher to keep as float16: embedding, features:NODE, attention:NODE, fsp:NODE:NODE,
     where NODE is the dotted name of a module, such as layer2.
     """
 
     k: Count
+    keep: Literal["top", "sampled"] = "top"
     temperatures: tuple[Positive, ...] = (1.0,)
     codec: Literal["exact", "compact"] = "exact"
     format: Literal["arrow", "tar", "tar+images"] = "arrow"
@@ -163,6 +166,7 @@ def label_job(file: LabelFile) -> LabellingJob:
         views_per_image=views.per_image,
         first_view=views.first,
         k=file.labels.k,
+        keep=file.labels.keep,
         temperatures=file.labels.temperatures,
         codec=file.labels.codec,
         format=file.labels.format,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kddata.cards import Codec, Format, MemoryFormat, Output, StoreSpec
+from kddata.cards import Codec, Format, Keep, MemoryFormat, Output, StoreSpec
 from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
 from kddata.images import ImageSource, open_source
 from kddata.labelling.unit import label_unit
@@ -40,7 +40,7 @@ class LabellingJob:
         plan: how views are drawn.
         views_per_image: V.
         first_view: index of the first of them, for stores that are labelled apart and merged.
-        k, temperatures, codec: what is kept of an answer.
+        k, keep, temperatures, codec: what is kept of an answer.
         outputs: names of the tensors inside the teacher that are kept too; see `kddata.features`.
         format: of the label files.
         unit_images, unit_views: most images, and views, of a unit.
@@ -57,6 +57,7 @@ class LabellingJob:
     views_per_image: int = 1
     first_view: int = 0
     k: int
+    keep: Keep = "top"
     temperatures: tuple[float, ...] = (1.0,)
     codec: Codec = "exact"
     format: Format = "arrow"
@@ -172,6 +173,7 @@ def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
         plan=job.plan,
         teacher=teacher.card,
         k=job.k,
+        keep=job.keep,
         temperatures=job.temperatures,
         codec=job.codec,
         format=job.format,

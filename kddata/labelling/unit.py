@@ -23,7 +23,6 @@ from kddata.cards import Output, StoreSpec
 from kddata.errors import BadImageError, StoreMismatchError, TeacherError
 from kddata.images import ImageRef, ImageSource, decode, image_again, image_hash
 from kddata.labelling.mixing import Partners
-from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Receipt, Unit
 from kddata.store.rows import objects
 from kddata.teacher import Answers
@@ -157,7 +156,7 @@ def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) ->
         image_id=[cut.ref.image_id for cut in batch],
         view=np.array([cut.view_index for cut in batch]),
         label=np.array([-1 if cut.ref.label is None else cut.ref.label for cut in batch]),
-        labels=SoftLabels.from_logits(logits_BC, k=spec.k, temperatures=spec.temperatures),
+        labels=spec.labels_of(logits_BC, [cut.ref.image_id for cut in batch], [cut.view_index for cut in batch]),
         box=np.array([cut.view.box for cut in batch]),
         flip=np.array([cut.view.flip for cut in batch]),
         resize=np.array([cut.view.resize for cut in batch]) if resized else None,

@@ -49,7 +49,9 @@ def kd_loss(
         renorm   sum_S p' log(p'/q), p' = p / sum_S p: drives the student's own tail to zero
         uniform  sum_S p log(p/q) + sum_off u log(u/q), u = p_t / (C - K): the tail is spread evenly
         support  sum_S p' log(p'/q'), q' = q / sum_S q: says nothing about other classes, and costs no pass over them
-        sampled  sum_S w log(w/q): for labels whose classes were drawn at random; log_p holds log w, w summing to 1
+        sampled  sum_S w log(w/q): for labels whose classes were drawn at random; log_p holds log w, w summing to 1.
+                 Its gradient and its cross-entropy are unbiased; its value is higher than the full KL, by what the
+                 draws' entropy lacks, which no student changes
 
     Where K = C the first four are the dense KL, `T^2 F.kl_div(log_softmax(x/T), softmax(teacher/T), "batchmean")`.
     Sources: Hinton et al., arXiv 1503.02531; Anshumann et al., arXiv 2503.16870 (sampled).
@@ -184,13 +186,19 @@ def check_batch(logits_BC: Tensor, labels: SoftLabels, targets_B: Tensor | None,
             actual=f"alpha = {args.alpha:g} and no targets_B",
             fix="pass the ground truth as targets_B, or set alpha to 1 (soft labels alone, for images without labels)",
         )
-    check_labels(logits_BC, labels)
+    check_labels(logits_BC, labels, sampled=args.tail == "sampled")
     if args.debug:
         labels.validate()
 
 
-def check_labels(logits_BC: Tensor, labels: SoftLabels) -> None:
-    """Raises LabelError unless soft labels fit these logits, by shapes and device."""
+def check_labels(logits_BC: Tensor, labels: SoftLabels, *, sampled: bool = False) -> None:
+    """Raises LabelError unless soft labels fit these logits, by shapes and device, and are not sampled unwanted."""
+    if labels.sampled and not sampled:
+        raise LabelError(
+            "sampled labels are learned from by method kd with tail sampled",
+            actual="a loss that takes them for the top classes",
+            fix='kd_loss(..., temperature=1, tail="sampled"), or label again with labels.keep=top',
+        )
     if (len(labels), labels.num_classes) != tuple(logits_BC.shape):
         raise LabelError(
             "soft labels have the rows and classes of the student's logits",

@@ -6,7 +6,8 @@ A record of a compact shard is one *image* with all V views of its unit, so that
     classes       the classes that its views name, most frequent first (at most 255)
     ids           [V, K] uint8: places in `classes`; 255 means the next entry of `rare`
     rare          classes without a place, in order of use
-    log_p         [V, K] uint8: rises of the code c = round(16 sqrt(-log p)) from one kept class to the next
+    log_p         [V, K] uint8: rises of the code c = round(16 sqrt(-log p)) from one kept class to the next; of
+                  sampled labels, c = k - count, which is exact
     log_tail      [V, T] uint8: 128 + round(4 logit(tail mass)); 0 is an empty tail
     box_low, box_high  [V, 4] uint8: the two bytes of each number of a box
     flip          ceil(V / 8) bytes, first view in the lowest bit
@@ -30,6 +31,7 @@ import torch
 from kddata.cards import StoreSpec
 from kddata.errors import LabelError
 from kddata.labels import SoftLabels
+from kddata.store import codecs
 from kddata.store.rows import LabelRows
 
 _LOG_P_STEPS = 16.0
@@ -71,7 +73,7 @@ def encode(rows: LabelRows, spec: StoreSpec, num_views: int) -> list[pa.Array]:
     num_images = len(rows) // num_views
     assert num_images * num_views == len(rows)
     labels = rows.labels
-    labels.validate()
+    codecs.check(labels, spec)
     if rows.box.size and (rows.box.min() < 0 or rows.box.max() > 0xFFFF):
         raise LabelError("codec compact holds boxes of up to 65535 px", actual=rows.box.max(), fix="codec: exact")
     first = slice(None, None, num_views)
@@ -91,7 +93,7 @@ def encode(rows: LabelRows, spec: StoreSpec, num_views: int) -> list[pa.Array]:
         _lists(classes, _id_type(spec)),
         places,
         _lists(rare, _id_type(spec)),
-        _log_p_codes(labels.log_p_BK.double().cpu().numpy()),
+        _log_p_codes(labels.log_p_BK.double().cpu().numpy(), spec),
         _tail_codes(labels.log_tail_BT.double().cpu().numpy()),
         rows.box & 0xFF,
         rows.box >> 8,
@@ -117,7 +119,10 @@ def decode(columns: dict[str, pa.Array], spec: StoreSpec, *, views: range, sourc
     widths |= {"box_low": num_views * 4, "box_high": num_views * 4, "flip": -(-num_views // 8)}
     codes = {name: columns[name].flatten().to_numpy().reshape(num_images, width) for name, width in widths.items()}
     log_p_codes = np.cumsum(codes["log_p"].reshape(num_rows, k), axis=1, dtype=np.int64)
-    log_p = -np.square(log_p_codes.astype(np.float32) / np.float32(_LOG_P_STEPS))
+    if spec.keep == "sampled":
+        log_p = codecs.from_counts(k - log_p_codes, spec)
+    else:
+        log_p = -np.square(log_p_codes.astype(np.float32) / np.float32(_LOG_P_STEPS))
     tail_codes = codes["log_tail"].reshape(num_rows, len(spec.temperatures))
     logit = (tail_codes.astype(np.float32) - 128) / np.float32(_TAIL_STEPS)
     log_tail = np.where(tail_codes == 0, -np.inf, -np.logaddexp(np.float32(0), -logit)).astype(np.float32)
@@ -141,6 +146,7 @@ def decode(columns: dict[str, pa.Array], spec: StoreSpec, *, views: range, sourc
             log_tail_BT=torch.from_numpy(log_tail),
             temperatures=spec.temperatures,
             num_classes=spec.teacher.num_classes,
+            sampled=spec.keep == "sampled",
         ),
         box=(codes["box_low"].astype(np.int32) | codes["box_high"].astype(np.int32) << 8).reshape(num_rows, 4),
         flip=np.unpackbits(codes["flip"], axis=1, count=num_views, bitorder="little").reshape(num_rows).astype(bool),
@@ -193,8 +199,11 @@ def _look_up(classes: pa.ListArray, places_IN: np.ndarray, rare: pa.ListArray, n
     return ids
 
 
-def _log_p_codes(log_p_BK: np.ndarray) -> np.ndarray:
-    codes = np.rint(_LOG_P_STEPS * np.sqrt(np.maximum(-log_p_BK, 0))).clip(max=255)
+def _log_p_codes(log_p_BK: np.ndarray, spec: StoreSpec) -> np.ndarray:
+    if spec.keep == "sampled":
+        codes = spec.k - codecs.counts(log_p_BK, spec.k)
+    else:
+        codes = np.rint(_LOG_P_STEPS * np.sqrt(np.maximum(-log_p_BK, 0))).clip(max=255)
     return np.diff(codes, axis=1, prepend=0).astype(np.uint8)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kddata import rng
-from kddata.cards import Codec, Format, Output, StoreSpec, TeacherCard
+from kddata.cards import Codec, Format, Keep, Output, StoreSpec, TeacherCard
 from kddata.labelling import LabellingJob, label_store
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, Unit
@@ -198,10 +198,10 @@ def made_up_rows(store: LabelStore, unit: Unit, *, leave_out: tuple[str, ...] = 
         image_id=[row[0] for row in rows],
         view=np.array([row[4] for row in rows]),
         label=np.array([-1 if row[1] is None else row[1] for row in rows]),
-        labels=SoftLabels.from_logits(
+        labels=store.spec.labels_of(
             torch.tensor(logits_BC, dtype=torch.float32).reshape(-1, num_classes),
-            k=store.spec.k,
-            temperatures=store.spec.temperatures,
+            [row[0] for row in rows],
+            [row[4] for row in rows],
         ),
         box=np.array([view.box for view in drawn]).reshape(-1, 4),
         flip=np.array([view.flip for view in drawn]),
@@ -250,6 +250,7 @@ def make_store(
     num_classes: int = 10,
     size_px: int = 16,
     k: int = 3,
+    keep: Keep = "top",
     temperatures: tuple[float, ...] = (1.0,),
     unit_images: int = 4,
     codec: Codec = "exact",
@@ -272,6 +273,7 @@ def make_store(
         plan=plan or ViewPlan(area=(0.3, 1.0)),
         views_per_image=views_per_image,
         k=k,
+        keep=keep,
         temperatures=temperatures,
         unit_images=unit_images,
         codec=codec,

@@ -44,7 +44,7 @@ _IDS = (
 
 
 def contract_specs() -> list[StoreSpec]:
-    """A spec for every format and codec, plain, and with mixed views of several ops and outputs of several shapes."""
+    """A spec for every format and codec: plain, sampled, and with mixed views and outputs of several shapes."""
     mixed = ViewPlan(policy="randaugment", erase_p=0.5, mix="cutmix")
     outputs = (Output(name="embedding", shape=(5,)), Output(name="features:body.2", shape=(2, 3, 2)))
     base = small_spec(unit_views=None)
@@ -52,13 +52,18 @@ def contract_specs() -> list[StoreSpec]:
         dataclasses.replace(spec, format=format, codec=codec)  # type: ignore[arg-type]
         for format in FORMATS
         for codec in ("exact", "compact")
-        for spec in (base, dataclasses.replace(base, plan=mixed, outputs=outputs))
+        for spec in (
+            base,
+            dataclasses.replace(base, plan=mixed, outputs=outputs),
+            dataclasses.replace(base, keep="sampled", temperatures=(1.0,)),
+        )
     ]
 
 
 def spec_name(spec: StoreSpec) -> str:
     """Such as "tar-compact-mixed"."""
-    return f"{spec.format}-{spec.codec}{'-mixed' if spec.plan.has_mix else ''}"
+    kinds = "-mixed" * spec.plan.has_mix + "-sampled" * (spec.keep == "sampled")
+    return f"{spec.format}-{spec.codec}{kinds}"
 
 
 def check_round_trip(spec: StoreSpec) -> None:

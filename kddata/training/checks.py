@@ -45,6 +45,7 @@ def check_job(
             num_classes=each.spec.teacher.num_classes,
             temperatures=each.spec.temperatures,
             has_targets=each.info()["labelled"] > 0,
+            sampled=each.spec.keep == "sampled",
             mixed=each.spec.plan.has_mix,
             outputs=tuple(output.name for output in each.spec.outputs),
             where=each.url,
@@ -83,11 +84,17 @@ def _check_ensemble(job: TrainingJob, stores: Sequence[LabelStore], method: Meth
             fix="name one store",
         )
     if job.combine == "mixture":
-        short = [store for store in stores if store.spec.k != store.spec.teacher.num_classes]
+        specs = [store.spec for store in stores]
+        short = [
+            store
+            for store, spec in zip(stores, specs, strict=True)
+            if spec.k != spec.teacher.num_classes or spec.keep == "sampled"
+        ]
+        found = [f"k = {store.spec.k} of {store.spec.teacher.num_classes}, {store.spec.keep}" for store in short]
         if short or sum(weights(job)) <= 0:
             raise ConfigError(
                 "a mixture is of stores that keep all classes, with weights that are not all 0",
-                actual=f"k = {short[0].spec.k} of {short[0].spec.teacher.num_classes}" if short else "weights of 0",
+                actual=found[0] if short else "weights of 0",
                 where=short[0].url if short else None,
                 fix="use combine: losses, or label with k = all classes",
             )

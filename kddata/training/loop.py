@@ -23,7 +23,6 @@ from kddata.cards import differences
 from kddata.errors import ConfigError, StoreMismatchError
 from kddata.features import Capture
 from kddata.images import open_source
-from kddata.labels import SoftLabels
 from kddata.losses import Method
 from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
 from kddata.store import LabelStore
@@ -348,7 +347,7 @@ def _teacher_in_the_loop(
         assert batch.teacher_pixels_u8 is not None
         logits, outputs = teacher.answer(batch.teacher_pixels_u8)
         outputs = {name: x.clone() for name, x in outputs.items()}  # autograd keeps no tensors of inference mode
-        return Taught(SoftLabels.from_logits(logits, k=spec.k, temperatures=spec.temperatures), outputs)
+        return Taught(spec.labels_of(logits, batch.image_ids, batch.view_indices), outputs)
 
     return teach
 

@@ -40,6 +40,7 @@ OTHER = {
     "teacher.dtype": "bfloat16",
     "teacher.labels_sha256": "01" * 32,
     "k": 11,
+    "keep": "sampled",
     "temperatures": (1, 4),
     "codec": "compact",
     "format": "tar",

@@ -88,8 +88,10 @@ FORMS = [
     {"codec": "exact", "format": "tar"},
     {"codec": "compact", "format": "tar+images"},
     {"plan": ViewPlan(seed=3, policy="color", mix="cutmix")},
+    {"keep": "sampled", "temperatures": (1.0,)},
 ]
-in_every_form = pytest.mark.parametrize("form", FORMS, ids=["exact", "compact", "tar", "compact-tar-images", "cutmix"])
+NAMES = ["exact", "compact", "tar", "compact-tar-images", "cutmix", "sampled"]
+in_every_form = pytest.mark.parametrize("form", FORMS, ids=NAMES)
 
 
 # -- repair -----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def _of_other_classes(rows):
         (lambda rows: rows.take([0, 1, 0, 1, 4, 5, 6, 7]), "an image comes once in a unit; got '0/bild-é-0'"),
         (lambda rows: rows.take([0, 3, 2, 1, 4, 5, 6, 7]), "views of one image stand together; got '0/bild-é-0', '0/b"),
         (lambda rows: _replaced(rows, source=rows.source + 1), r"from image shard 0; got .* image shards \[1\]"),
-        (_of_other_classes, r"\(classes, k, temperatures\) = \(10, 3, .*; got \(11, 3"),
+        (_of_other_classes, r"\(classes, k, temperatures, sampled\) = \(10, 3, .*; got \(11, 3"),
     ],
 )
 def test_rows_that_are_not_the_units_are_refused_and_nothing_is_written(store, change, message):
