@@ -4,14 +4,23 @@ Units are shuffled and laid end to end; that sequence is cut into even windows; 
 window. So any position is found without walking to it, one window of label rows is all that a reader holds, and
 neither the order nor the steps depend on how many workers take part. Nothing here reads a store.
 
+With `visit_views` m > 1, up to m views of an image, a visit, stand where one decode can serve them: in one column (a
+position in its step, so that one rank, and one of its workers, has them all), in m of 4 m steps in a row, at random.
+Visits are shuffled as fully inside a window as rows are. At the end of a window, in less than m steps, a visit takes
+neighbouring columns, and some of its views share a step.
+
 Trade-off: a window is not a full permutation. Two rows of one unit are at most a window apart (the unit may straddle
-two), and rows that were stored far apart share a window by chance alone. The whole epoch in one window is a full one.
+two), and rows that were stored far apart share a window by chance alone. The whole epoch in one window is a full one:
+two neighbours in a unit come W / 3 rows apart in the mean, as in any permutation. Two views of one visit that follow
+each other come (4 m + 1) / (m + 1) steps apart in the mean, and 4 m - 1 at most, which is what bounds the views that
+are cut and wait: 4 m (1/2 - 1 / (m + 1)) steps of them in the mean.
 
 Letters: U units, W rows of a window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +30,7 @@ from kddata.errors import ConfigError
 
 WINDOW_ROWS = 1 << 18
 _WINDOW_BYTES = 1 << 28
+_RUN_VISITS = 4  # visits that share a column for a run of steps
 _LAST_STEP_ROWS = 16  # eight ranks still have the two rows each that BatchNorm needs
 
 
@@ -32,11 +42,13 @@ class Window:
         start: position in the epoch of its first row.
         pieces: (unit, first row, last row + 1) of what it is made of; laid end to end they are its W rows.
         permutation_W: row i of the window is row `permutation_W[i]` of the pieces.
+        visit_W: number of the visit that row i of the window belongs to; None where each row is a visit.
     """
 
     start: int
     pieces: tuple[tuple[int, int, int], ...]
     permutation_W: np.ndarray
+    visit_W: np.ndarray | None = None
 
     @property
     def stop(self) -> int:
@@ -52,11 +64,17 @@ class Order:
         rows_per_unit: how many rows each unit holds, int64 [U]; some may hold none.
         seed: other seeds, and other epochs of one seed, have unrelated orders.
         window_rows: at most so many rows are shuffled together.
+        views_per_unit: views of each image of a unit, int64 [U]; its rows are image after image. None: 1 each.
+        visit_views: at most so many views of an image share a visit.
+        batch_size: rows of a step, whose columns visits keep to; it matters only where visit_views is above 1.
     """
 
     rows_per_unit: np.ndarray
     seed: int
     window_rows: int = WINDOW_ROWS
+    views_per_unit: np.ndarray | None = None
+    visit_views: int = 1
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows_per_unit", np.asarray(self.rows_per_unit, dtype=np.int64))
@@ -64,6 +82,9 @@ class Order:
             raise ConfigError("an order is over at least one row", actual=f"{self.rows_per_unit.tolist()[:8]} a unit")
         if self.window_rows < 1:
             raise ConfigError("window_rows is at least 1", actual=self.window_rows)
+        if self.visit_views < 1:
+            raise ConfigError("data.views_per_visit is at least 1", actual=self.visit_views)
+        _check_batch_size(self.batch_size)
 
     @property
     def num_rows(self) -> int:
@@ -91,8 +112,28 @@ class Order:
             begin = end - int(self.rows_per_unit[unit])
             if begin < end:
                 pieces.append((unit, max(start, begin) - begin, min(stop, end) - begin))
-        permutation_W = _permutation(stop - start, self.seed, "rows", epoch, index)
-        return Window(start=start, pieces=tuple(pieces), permutation_W=permutation_W)
+        if self.visit_views == 1:
+            permutation_W = _permutation(stop - start, self.seed, "rows", epoch, index)
+            return Window(start=start, pieces=tuple(pieces), permutation_W=permutation_W)
+        row_visit_W = self._visits(pieces)
+        random = rng.stream(self.seed, "order", "visits", epoch, index).random
+        places_W, rows_W = _shuffled_visits(row_visit_W, self.batch_size, random)
+        permutation_W = np.empty(stop - start, dtype=np.int64)
+        permutation_W[places_W] = rows_W
+        return Window(
+            start=start, pieces=tuple(pieces), permutation_W=permutation_W, visit_W=row_visit_W[permutation_W]
+        )
+
+    def _visits(self, pieces: list[tuple[int, int, int]]) -> np.ndarray:
+        """int64 [W]: the visit of each row of the pieces, rising from 0. The views of an image are split evenly."""
+        found, count = [], 0
+        for unit, first, last in pieces:
+            views = 1 if self.views_per_unit is None else int(self.views_per_unit[unit])
+            parts, row = -(-views // self.visit_views), np.arange(first, last)
+            visit = row // views * parts + row % views * parts // views
+            found.append(count + np.cumsum(np.diff(visit, prepend=visit[0]) > 0))
+            count = int(found[-1][-1]) + 1
+        return np.concatenate(found)
 
     def rows(self, epoch: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """int64 [N, 2]: (unit, row in it) at positions start to stop of an epoch. The clear form of what readers do."""
@@ -117,8 +158,7 @@ def num_steps(num_rows: int, batch_size: int) -> int:
     A remainder under max(16, batch_size / 8) rows is too small for BatchNorm on several ranks and joins the step
     before it. An epoch shorter than one batch is one step.
     """
-    if batch_size < 1:
-        raise ConfigError("data.batch_size is at least 1", actual=batch_size)
+    _check_batch_size(batch_size)
     whole, remainder = divmod(num_rows, batch_size)
     return max(1, whole + (remainder >= max(_LAST_STEP_ROWS, batch_size // 8)))
 
@@ -142,3 +182,34 @@ def rank_range(start: int, stop: int, rank: int, world_size: int) -> tuple[int, 
 def _permutation(n: int, seed: int, *key: int | str) -> np.ndarray:
     """int64 [n]. By sorting random numbers, since numpy may change how `permutation` consumes its stream."""
     return np.argsort(rng.stream(seed, "order", *key).random(n), kind="stable")
+
+
+def _shuffled_visits(
+    visit_W: np.ndarray, batch_size: int, random: Callable[[int], np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """(places_W, rows_W): row rows_W[i] of the pieces stands at place places_W[i] of the window.
+
+    Columns are cut into runs of 4 visits' rows; the runs of neighbouring columns start at different steps, so that
+    every step begins as many visits as any other. Visits in random order fill the runs in random order.
+    """
+    num_rows, sizes = len(visit_W), np.bincount(visit_W)
+    size = int(np.bincount(sizes).argmax())  # most visits have it; the others fill what these leave
+    rank = np.empty(len(sizes), dtype=np.int64)
+    rank[np.lexsort((random(len(sizes)), sizes != size))] = np.arange(len(sizes))
+    rows_W = np.lexsort((random(num_rows), rank[visit_W]))
+
+    place_W = np.arange(num_rows)
+    step_W, column_W = place_W // batch_size, place_W % batch_size
+    steps_W = (num_rows - 1 - column_W) // batch_size + 1  # of the place's column
+    in_run_W = step_W < steps_W // size * size
+    run_W = (step_W + size * (column_W % _RUN_VISITS)) // (_RUN_VISITS * size) * batch_size + column_W
+    in_runs, rest = place_W[in_run_W], place_W[~in_run_W]
+    turn_of_run = random(int(run_W.max()) + 1)
+    in_runs = in_runs[np.lexsort((random(len(in_runs)), turn_of_run[run_W[in_runs]]))]
+    rest = rest[np.argsort(column_W[rest], kind="stable")]
+    return np.concatenate([in_runs, rest]), rows_W
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError("data.batch_size is at least 1", actual=batch_size)

@@ -26,7 +26,9 @@ from kddata.store import Choice, LabelRows, LabelStore, require_members, require
 _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 
 
-def order_of(store: LabelStore, seed: int, choice: Choice | None = None) -> Order:
+def order_of(
+    store: LabelStore, seed: int, choice: Choice | None = None, *, views_per_visit: int = 1, batch_size: int = 1
+) -> Order:
     """The order of a store's rows, or of the chosen ones, for a seed. Its windows never depend on the machine."""
     label_bytes = 8 * store.spec.k + 4 * len(store.spec.temperatures)  # int32 ids, float32 log-probabilities
     label_bytes += 2 * sum(output.size for output in store.spec.outputs)
@@ -35,6 +37,9 @@ def order_of(store: LabelStore, seed: int, choice: Choice | None = None) -> Orde
         rows_per_unit=store.rows_per_unit if choice is None else choice.rows_per_unit(store.units()),
         seed=seed,
         window_rows=rows,
+        views_per_unit=np.array([unit.num_views for unit in store.units()], dtype=np.int64),
+        visit_views=views_per_visit,
+        batch_size=batch_size,
     )
 
 
@@ -55,12 +60,38 @@ def open_images(store: LabelStore, images: str | Sequence[str] | None = None) ->
     return source
 
 
-class Read(NamedTuple):
-    """Rows with their images.
+class Rows(NamedTuple):
+    """Rows without their images.
 
     `partner_rows` are the rows that the mixed ones among `rows` are mixed with, in the order of these: None where the
-    store's plan does not mix. Images are encoded, one a row. `others` are the labels of the same rows in other stores.
+    store's plan does not mix. `others` are the labels of the same rows in other stores.
     """
+
+    rows: LabelRows
+    partner_rows: LabelRows | None
+    others: list[SoftLabels]
+
+    def take(self, index: np.ndarray) -> Rows:
+        """Some of the rows, by number."""
+        others = [labels.rows(torch.from_numpy(index)) for labels in self.others]
+        if self.partner_rows is None:
+            return Rows(self.rows.take(index), None, others)
+        assert self.rows.mix is not None
+        mixed = np.array([mix is not None for mix in self.rows.mix], dtype=bool)
+        place = np.cumsum(mixed) - 1
+        return Rows(self.rows.take(index), self.partner_rows.take(place[index][mixed[index]]), others)
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        """All rows of at least one part, one part after the other."""
+        partners = [part.partner_rows for part in parts if part.partner_rows is not None]
+        others = [SoftLabels.cat(list(labels)) for labels in zip(*(part.others for part in parts), strict=True)]
+        rows = LabelRows.concat([part.rows for part in parts])
+        return Rows(rows, LabelRows.concat(partners) if partners else None, others)
+
+
+class Read(NamedTuple):
+    """`Rows` with the encoded image of each, and of each partner. One image is one object, in however many rows."""
 
     rows: LabelRows
     images: list[bytes]
@@ -70,7 +101,10 @@ class Read(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """A window: row i of its pieces laid end to end is `rows[place_W[i]]`; `partner` numbers rows too, -1 for none."""
+    """A window: row i of its pieces laid end to end is `rows[place_W[i]]`; `partner` numbers rows too, -1 for none.
+
+    `places_of_visit`: places in the window, visit by visit, and where in them each visit begins.
+    """
 
     epoch: int
     window: Window
@@ -78,6 +112,7 @@ class _Held(NamedTuple):
     place_W: np.ndarray
     partner: np.ndarray | None
     others: list[SoftLabels]
+    places_of_visit: tuple[np.ndarray, np.ndarray] | None
 
 
 class Reader:
@@ -103,25 +138,45 @@ class Reader:
 
         Raises StoreDamagedError naming a label file, or SourceError naming an image, whose bytes have changed.
         """
-        parts, partners = [], []
-        others: list[list[SoftLabels]] = [[] for _ in self._others]
-        while start < stop:
-            held = self._window(epoch, start)
-            end = min(stop, held.window.stop)
-            index = held.place_W[held.window.permutation_W[start - held.window.start : end - held.window.start]]
-            parts.append(held.rows.take(index))
-            for labels, found in zip(others, held.others, strict=True):
-                labels.append(found.rows(torch.from_numpy(index)))
+        return self.with_images(self.rows(epoch, np.arange(start, stop)))
+
+    def rows(self, epoch: int, positions: np.ndarray) -> Rows:
+        """The rows at rising positions of an epoch, at least one. Raises StoreDamagedError naming a label file."""
+        parts, done = [], 0
+        while done < len(positions):
+            held = self._window(epoch, int(positions[done]))
+            end = int(np.searchsorted(positions, held.window.stop))
+            index = held.place_W[held.window.permutation_W[positions[done:end] - held.window.start]]
+            others, lent = [labels.rows(torch.from_numpy(index)) for labels in held.others], None
             if held.partner is not None:
                 partner = held.partner[index]
-                partners.append(held.rows.take(partner[partner >= 0]))
-            start = end
-        rows, joined = LabelRows.concat(parts), [SoftLabels.cat(labels) for labels in others]
-        if not partners:
-            return Read(rows, self._images(rows), None, [], joined)
-        lent = LabelRows.concat(partners)
-        images = self._images(LabelRows.concat([rows, lent]))
-        return Read(rows, images[: len(rows)], lent, images[len(rows) :], joined)
+                lent = held.rows.take(partner[partner >= 0])
+            parts.append(Rows(held.rows.take(index), lent, others))
+            done = end
+        return Rows.concat(parts)
+
+    def with_images(self, rows: Rows) -> Read:
+        """These rows with their images. Raises SourceError naming an image whose bytes have changed."""
+        if rows.partner_rows is None:
+            return Read(rows.rows, self._images(rows.rows), None, [], rows.others)
+        images = self._images(LabelRows.concat([rows.rows, rows.partner_rows]))
+        size = len(rows.rows)
+        return Read(rows.rows, images[:size], rows.partner_rows, images[size:], rows.others)
+
+    def later_views(self, epoch: int, positions: np.ndarray, *, after: int) -> np.ndarray:
+        """Rising positions of the rows after one of them that share a visit with any of these, which are not after it.
+
+        A visit lies in one window. Empty where each row is a visit.
+        """
+        held = self._window(epoch, after)
+        window, visits = held.window, held.places_of_visit
+        inside = positions[positions >= window.start]
+        if window.visit_W is None or visits is None or not len(inside):
+            return np.empty(0, dtype=np.int64)
+        places, begin = visits
+        here = np.unique(window.visit_W[inside - window.start]).tolist()
+        later = window.start + np.concatenate([places[begin[v] : begin[v + 1]] for v in here])
+        return np.sort(later[later > after])
 
     def _window(self, epoch: int, position: int) -> _Held:
         held = self._held
@@ -154,6 +209,7 @@ class Reader:
             np.concatenate(places),
             np.concatenate(partners) if mixed else None,
             [SoftLabels.cat(labels) for labels in others],
+            None if window.visit_W is None else _places(window.visit_W),
         )
         return self._held
 
@@ -164,23 +220,34 @@ class Reader:
         return found.labels
 
     def _images(self, rows: LabelRows) -> list[bytes]:
-        """The image of each row, read shard by shard in the order of the bytes."""
+        """The image of each row, each image read once, shard by shard in the order of the bytes."""
         found: list[bytes] = [b""] * len(rows)
         by_place = np.lexsort((rows.offset, rows.source))
         borders = np.flatnonzero(np.diff(rows.source[by_place])) + 1
         for group in np.split(by_place, borders):
+            if not len(group):
+                continue
             name = self._store.images[int(rows.source[group[0]])].name
+            users: dict[str, list[int]] = {}
+            for i in group.tolist():
+                users.setdefault(rows.image_id[i], []).append(i)
             refs = [
-                ImageRef(image_id=rows.image_id[i], label=None, offset=int(rows.offset[i]), length=int(rows.length[i]))
-                for i in group.tolist()
+                ImageRef(image_id=image_id, label=None, offset=int(rows.offset[i]), length=int(rows.length[i]))
+                for image_id, (i, *_) in users.items()
             ]
-            for i, (ref, data) in zip(group.tolist(), self._source.stream(name, refs), strict=True):
-                if image_hash(data) != int(rows.image_hash[i]):
+            for ref, data in self._source.stream(name, refs):
+                wanted = users[ref.image_id]
+                if (rows.image_hash[wanted] != np.uint64(image_hash(data))).any():
                     raise SourceError(
                         "an image is the one that was labelled",
                         actual=f"other bytes under {ref.image_id!r}",
                         where=name,
                         fix="point `images` at the images that were labelled, or label these into a new store",
                     )
-                found[i] = data
+                for i in wanted:
+                    found[i] = data
         return found
+
+
+def _places(visit_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.argsort(visit_W, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(visit_W))])

@@ -3,32 +3,34 @@
 Pixels are uint8 and exactly what `views.render` gives; normalisation happens in training, on the device. The dataset
 is a map from step numbers to batches, so that the DataLoader's workers share steps and any step can come first.
 
-Trade-off: every view is decoded on its own. What a batch shares (file order, label columns) is done once a batch.
+Trade-off: every view is decoded on its own, unless `views_per_visit` says otherwise: m views of an image are then cut
+from one decode, and those that come in later steps wait as pixels, 4 m (1/2 - 1 / (m + 1)) steps of them in the mean.
+What a batch shares (file order, label columns) is done once a batch.
 
 Shapes: B rows of this rank's share of a step, S side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypedDict
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from kddata import order
 from kddata.corruption import ClassImbalance, LabelNoise
+from kddata.cutting import cut
 from kddata.errors import StoreMismatchError
 from kddata.images import ImageSource, decode
 from kddata.labels import SoftLabels
-from kddata.reader import Reader, open_images, order_of
+from kddata.reader import Reader, Rows, open_images, order_of
 from kddata.store import Choice, LabelRows, LabelStore, Subset, choose
 from kddata.views import Interpolation, View, ViewPlan, render
-
-_NO_LIMIT = 1 << 62  # pixels: stored rows come from images that kept the limit when they were labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,26 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        """All rows of the parts of one rank's share."""
+        joined: dict[str, Any] = {}
+        for name in (x.name for x in fields(Batch)):
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], Tensor):
+                joined[name] = torch.cat(values)
+            elif isinstance(values[0], SoftLabels):
+                joined[name] = SoftLabels.cat(values)
+            elif isinstance(values[0], list):
+                joined[name] = [x for value in values for x in value]
+            elif isinstance(values[0], dict):
+                joined[name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
+            elif isinstance(values[0], tuple):
+                joined[name] = tuple(SoftLabels.cat(list(labels)) for labels in zip(*values, strict=True))
+            else:
+                joined[name] = values[0]
+        return Batch(**joined)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for DataLoader(pin_memory=True)."""
         values = {x.name: getattr(self, x.name) for x in fields(self)}
@@ -81,13 +103,12 @@ def choice_of(store: LabelStore, subset: Subset | None, imbalance: ClassImbalanc
     return choose(store, subset, keep)
 
 
-class _Form(TypedDict):
-    size_px: int
-    interpolation: Interpolation
-
-
 class Replay(Dataset[Batch]):
-    """Batches by step number, counted from the first step of epoch 0: step s lies in epoch s // steps_per_epoch."""
+    """Batches by step number, counted from the first step of epoch 0: step s lies in epoch s // steps_per_epoch.
+
+    With `views_per_visit` above 1, the views of a visit that come later are cut with the first of them, and wait: the
+    steps are then best asked for in their order. What is asked for decides what comes, not what waits.
+    """
 
     def __init__(
         self,
@@ -105,40 +126,51 @@ class Replay(Dataset[Batch]):
         subset: Subset | None = None,
         noise: LabelNoise | None = None,
         imbalance: ClassImbalance | None = None,
+        views_per_visit: int = 1,
     ) -> None:
         store.spec.require_outputs(outputs, where=store.url)
         choice = choice_of(store, subset, imbalance)
-        rows = order_of(store, seed, choice)
+        rows = order_of(store, seed, choice, views_per_visit=views_per_visit, batch_size=batch_size)
         self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others, choice=choice)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
-        self._sizes_px = [size_px] if teacher_px is None else [size_px, teacher_px]
+        self._sizes_px = (size_px,) if teacher_px is None else (size_px, teacher_px)
         self._interpolation: Interpolation = store.spec.plan.interpolation
         self._num_classes, self._noise = store.spec.teacher.num_classes, noise
         self.steps_per_epoch = order.num_steps(rows.num_rows, batch_size)
+        self.views_per_visit = views_per_visit
+        self._waiting: dict[tuple[int, int], list[Tensor]] = {}  # by epoch and position, none before the next:
+        self._at = (-1, -1)
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of the smallest share of a step."""
+        last = order.step_range(self.steps_per_epoch - 1, self._num_rows, self._batch_size)
+        return min(self._batch_size, last[1] - last[0]) // self._world_size
 
     def __getitem__(self, step: int) -> Batch:
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, part: int, parts: int) -> Batch:
+        """One of several even parts of this rank's share of a step, for as many processes that cut it together."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        start, stop = order.step_range(step, self._num_rows, self._batch_size)
-        read = self._reader.read(epoch, *order.rank_range(start, stop, self._rank, self._world_size))
-        rows, lent = read.rows, read.partner_rows
+        positions = np.arange(*self._share(step, part, parts))
+        here = self._reader.rows(epoch, positions)
+        rows, lent = here.rows, here.partner_rows
         self._check_classes(rows)
         if lent is not None:
             self._check_classes(lent)
-        pixels = [torch.empty(len(rows), 3, size_px, size_px, dtype=torch.uint8) for size_px in self._sizes_px]
-        targets, num_lent = torch.from_numpy(self._labels(rows)), 0
-        lent_labels = [] if lent is None else self._labels(lent).tolist()
+        if self.views_per_visit == 1:
+            pixels = cut(self._reader.with_images(here), self._sizes_px, self._interpolation)
+        else:
+            pixels = self._cut_ahead(epoch, here, positions, part, parts)
+        targets = torch.from_numpy(self._labels(rows))
         targets2, lam_B = targets.clone(), torch.ones(len(rows))
-        for i, data in enumerate(read.images):
-            image, view, partner = decode(data, max_pixels=_NO_LIMIT), rows.view_at(i), None
-            if view.mix is not None:
-                assert lent is not None
-                partner = decode(read.partner_images[num_lent], max_pixels=_NO_LIMIT), lent.view_at(num_lent).unmixed
-                targets2[i], lam_B[i] = lent_labels[num_lent], view.mix.lam
-                num_lent += 1
-            for rendered, size_px in zip(pixels, self._sizes_px, strict=True):
-                form: _Form = {"size_px": size_px, "interpolation": self._interpolation}
-                rendered[i] = render(image, view, **form, partner=None if partner is None else render(*partner, **form))
+        if lent is not None and rows.mix is not None:
+            mixed = [i for i, mix in enumerate(rows.mix) if mix is not None]
+            targets2[mixed] = torch.from_numpy(self._labels(lent))
+            lam_B[mixed] = torch.tensor([rows.mix[i].lam for i in mixed], dtype=torch.float32)
+        start, stop = order.step_range(step, self._num_rows, self._batch_size)
         return Batch(
             pixels_u8_B3SS=pixels[0],
             labels=rows.labels,
@@ -150,8 +182,38 @@ class Replay(Dataset[Batch]):
             step_rows=stop - start,
             teacher_pixels_u8=pixels[1] if len(pixels) > 1 else None,
             outputs={name: torch.from_numpy(value) for name, value in rows.outputs.items()},
-            others=tuple(read.others),
+            others=tuple(here.others),
         )
+
+    def _share(self, step: int, part: int, parts: int) -> tuple[int, int]:
+        share = order.rank_range(
+            *order.step_range(step, self._num_rows, self._batch_size), self._rank, self._world_size
+        )
+        return order.rank_range(*share, part, parts)
+
+    def _cut_ahead(self, epoch: int, here: Rows, positions: np.ndarray, part: int, parts: int) -> list[Tensor]:
+        """The pixels of rows at these positions. Those that wait are taken; others are cut, with their later views."""
+        first, last = int(positions[0]), int(positions[-1])
+        forward, self._at = (epoch, first) > self._at, (epoch, first)
+        self._waiting = {key: x for key, x in self._waiting.items() if forward and key >= self._at}
+        lacking = np.flatnonzero([(epoch, at) not in self._waiting for at in positions.tolist()])
+        if len(lacking):
+            new, wanted = positions[lacking], [here.take(lacking)]
+            later = self._mine(self._reader.later_views(epoch, new, after=last), part, parts)
+            if len(later):
+                wanted.append(self._reader.rows(epoch, later))
+            pixels = cut(self._reader.with_images(Rows.concat(wanted)), self._sizes_px, self._interpolation)
+            keys = [(epoch, at) for at in (*new.tolist(), *later.tolist())]
+            self._waiting |= {key: [x[i].clone() for x in pixels] for i, key in enumerate(keys)}
+        taken = [self._waiting.pop((epoch, at)) for at in positions.tolist()]
+        return [torch.stack(views) for views in zip(*taken, strict=True)]
+
+    def _mine(self, positions: np.ndarray, part: int, parts: int) -> np.ndarray:
+        """Those of the positions that this part of this rank's share of their steps holds."""
+        steps = np.minimum(positions // self._batch_size, self.steps_per_epoch - 1).tolist()
+        shares = {step: self._share(step, part, parts) for step in set(steps)}
+        mine = [shares[step][0] <= at < shares[step][1] for step, at in zip(steps, positions.tolist(), strict=True)]
+        return positions[np.array(mine, dtype=bool)]
 
     def _labels(self, rows: LabelRows) -> np.ndarray:
         """Ground truth, made noisy where that was asked for."""
@@ -189,6 +251,7 @@ def loader(
     subset: Subset | None = None,
     noise: LabelNoise | None = None,
     imbalance: ClassImbalance | None = None,
+    views_per_visit: int = 1,
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -203,6 +266,8 @@ def loader(
         others: stores over the same views, whose labels come as `Batch.others`.
         subset: which images come; see `store.choose`.
         noise: makes the ground truth noisy; imbalance: makes classes of the subset rare. See `kddata.corruption`.
+        views_per_visit: at most so many views of an image are cut from one decode; they come in different steps, save
+            at the end of a window. See `kddata.order`. 1 is as thorough a shuffle as there is, and the slowest.
 
     Raises StoreMismatchError for others that hold other views or images, ConfigError for outputs that are not there.
     """
@@ -220,10 +285,52 @@ def loader(
         subset=subset,
         noise=noise,
         imbalance=imbalance,
+        views_per_visit=views_per_visit,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)
-    return step_loader(replay, steps, num_workers=num_workers, pin_memory=pin_memory)
+    return replay_loader(replay, steps, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def replay_loader(replay: Replay, steps: range, *, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """A DataLoader over these steps of a replay, in their order.
+
+    Where an image is decoded once for several steps, its worker has it in all of them: every worker cuts a part of each
+    step. Else every worker cuts whole steps.
+    """
+    workers = min(num_workers, replay.fewest_rows)
+    if replay.views_per_visit == 1 or workers == 0:
+        return step_loader(replay, steps, num_workers=num_workers, pin_memory=pin_memory)
+    return _JoiningLoader(_Parts(replay, steps), len(steps), num_workers=workers, pin_memory=pin_memory)
+
+
+class _Parts(IterableDataset[Batch]):
+    """This worker's part of each step."""
+
+    def __init__(self, replay: Replay, steps: range) -> None:
+        self._replay, self._steps = replay, steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        assert worker is not None
+        return (self._replay.part(step, worker.id, worker.num_workers) for step in self._steps)
+
+
+class _JoiningLoader(DataLoader[Batch]):
+    """Steps whose parts come from the workers in turn."""
+
+    def __init__(self, parts: _Parts, num_steps: int, *, num_workers: int, pin_memory: bool) -> None:
+        super().__init__(parts, batch_size=None, num_workers=num_workers, worker_init_fn=_one_thread)
+        self._num_steps, self._pins = num_steps, pin_memory
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        parts = super().__iter__()
+        while group := list(islice(parts, self.num_workers)):
+            batch = Batch.cat(group)
+            yield batch.pin_memory() if self._pins else batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ class Data(Section):
     """`data:` rows of a step over all workers, side of the student's input, seed of order and weights.
 
     subset: a share of the images, or a list of classes or of image ids. noise, imbalance: of the ground truth.
+    views_per_visit: of an image, from one decode.
     """
 
     batch_size: Count
@@ -67,6 +68,7 @@ class Data(Section):
     subset: Annotated[float, Field(gt=0, le=1)] | tuple[int, ...] | tuple[str, ...] | None = None
     noise: Noise | None = None
     imbalance: Imbalance | None = None
+    views_per_visit: Count = 1
 
 
 class Optimizer(Section):
@@ -171,6 +173,7 @@ def train_job(file: TrainFile) -> TrainingJob:
             subset=file.data.subset,
             noise=None if file.data.noise is None else LabelNoise(**file.data.noise.model_dump()),
             imbalance=None if file.data.imbalance is None else ClassImbalance(**file.data.imbalance.model_dump()),
+            views_per_visit=file.data.views_per_visit,
         ),
         optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
         images=None if file.images is None else all_absolute(file.images),

@@ -110,6 +110,8 @@ def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] =
     fields = dataclasses.asdict(job)
     for name in ("store", "weight", "others", "combine", "run", "images", "checkpoint_steps"):
         del fields[name]
+    if job.data.views_per_visit == 1:
+        del fields["data"]["views_per_visit"]  # as before there was a choice
     if others or job.weight != 1:
         fields["ensemble"] = ensemble_of(job, [store, *others])
     return {**fields, "store": content_sha256(store)}

@@ -51,6 +51,7 @@ class DataArgs:
         seed: of the order, and of initial weights.
         subset: which images; see `store.choose`. None for all.
         noise, imbalance: of the ground truth; see `kddata.corruption`. The store keeps the true one.
+        views_per_visit: at most so many views of an image are cut from one decode; see `kddata.order`.
     """
 
     batch_size: int
@@ -59,6 +60,11 @@ class DataArgs:
     subset: Subset | None = None
     noise: LabelNoise | None = None
     imbalance: ClassImbalance | None = None
+    views_per_visit: int = 1
+
+    def __post_init__(self) -> None:
+        if self.views_per_visit < 1:
+            raise ConfigError("data.views_per_visit is at least 1", actual=self.views_per_visit)
 
 
 @dataclass(frozen=True, kw_only=True)

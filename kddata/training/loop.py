@@ -24,7 +24,7 @@ from kddata.errors import ConfigError, StoreMismatchError
 from kddata.features import Capture
 from kddata.images import open_source
 from kddata.losses import Method
-from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, step_loader
+from kddata.replay import Batch, EvaluationImages, ImageBatch, Replay, replay_loader, step_loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, load_teacher, weights_sha256
 from kddata.training.checks import (
@@ -161,6 +161,7 @@ def train(
         subset=job.data.subset,
         noise=job.data.noise,
         imbalance=job.data.imbalance,
+        views_per_visit=job.data.views_per_visit,
     )
     exam = None
     if job.evaluate is not None and rank == 0:
@@ -171,7 +172,7 @@ def train(
     num_steps = job.optimizer.epochs * per_epoch
     steps = training_steps(
         wrap(pupil),
-        step_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=on_gpu),
+        replay_loader(replay, range(len(loss_S), num_steps), num_workers=num_workers, pin_memory=on_gpu),
         optimizer,
         method,
         first_step=len(loss_S),

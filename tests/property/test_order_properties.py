@@ -8,11 +8,26 @@ from hypothesis import strategies as st
 
 from kddata.order import Order, num_steps, rank_range, step_range
 
+
+def order_over(images: list[int], views: int, seed: int, window_rows: int, visit_views: int, batch_size: int) -> Order:
+    return Order(
+        rows_per_unit=views * np.array(images),
+        views_per_unit=np.full(len(images), views),
+        seed=seed,
+        window_rows=window_rows,
+        visit_views=visit_views,
+        batch_size=batch_size,
+    )
+
+
 orders = st.builds(
-    lambda rows, seed, window_rows: Order(rows_per_unit=np.array(rows), seed=seed, window_rows=window_rows),
-    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    order_over,
+    st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any),
+    st.integers(1, 9),
     st.integers(0, 2**63),
     st.integers(1, 200),
+    st.integers(1, 6),
+    st.integers(1, 40),
 )
 epochs = st.integers(0, 1000)
 
@@ -76,3 +91,39 @@ def test_epochs_and_seeds_differ(seed, epoch):
     here = Order(rows_per_unit=rows, seed=seed, window_rows=100).rows(epoch)
     assert not np.array_equal(here, Order(rows_per_unit=rows, seed=seed, window_rows=100).rows(epoch + 1))
     assert not np.array_equal(here, Order(rows_per_unit=rows, seed=seed + 1, window_rows=100).rows(epoch))
+
+
+@given(orders, epochs)
+def test_a_visit_is_of_one_image_and_no_larger_than_it_was_asked_to_be(order, epoch):
+    window = order.window_at(epoch, 0)
+    if order.visit_views == 1:
+        assert window.visit_W is None
+        return
+    found: dict[int, list[tuple[int, int]]] = {}
+    for visit, (unit, row) in zip(window.visit_W.tolist(), order.rows(epoch, 0, window.stop).tolist(), strict=True):
+        found.setdefault(visit, []).append((unit, row))
+    for members in found.values():
+        assert len(members) <= order.visit_views
+        assert len({(unit, row // order.views_per_unit[unit]) for unit, row in members}) == 1
+
+
+@given(st.integers(2, 6), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**63))
+def test_views_of_a_visit_keep_to_one_column_and_come_in_different_steps(m, visits, runs, batch_size, seed):
+    """Where the window is m steps times a whole number, nothing is left over: each visit in one column, one a step."""
+    num_rows = runs * m * batch_size  # one column holds `runs` visits
+    order = order_over([num_rows], m * visits, seed, 10**9, m, batch_size)
+    order = Order(**{**vars(order), "rows_per_unit": np.array([num_rows * visits])})
+    window = order.window_at(1, 0)
+    for visit in range(num_rows * visits // m):
+        places = np.flatnonzero(window.visit_W == visit)
+        assert len(places) == m
+        assert len(set((places % batch_size).tolist())) == 1
+        steps = places // batch_size
+        assert len(set(steps.tolist())) == m
+        assert steps.max() - steps.min() < 4 * m
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any), st.integers(0, 2**63), epochs)
+def test_one_view_a_visit_is_the_order_of_old(images, seed, epoch):
+    old = Order(rows_per_unit=3 * np.array(images), seed=seed, window_rows=50)
+    assert np.array_equal(old.rows(epoch), order_over(images, 3, seed, 50, 1, 7).rows(epoch))

@@ -19,6 +19,7 @@ LAYERS = [
     },  # cards are values too; a spec holds a plan, and temperatures as labels declare them
     {"images", "teacher", "nets", "store", "order", "losses", "evaluation", "corruption", "fashion_mnist"},
     {"labelling", "reader"},
+    {"cutting"},
     {"replay", "care"},
     {"training", "report", "picture"},
     {"config", "cluster", "console", "evidence"},

@@ -48,6 +48,27 @@ def test_small_windows_mix_units_that_were_stored_apart():
     assert np.ptp(batch[:, 0]) > 50
 
 
+def test_visits_are_shuffled_as_a_full_permutation_is_and_their_views_are_some_steps_apart():
+    """Against what is derived for 10,000 rows of 2,500 images, m = 4, steps of 50 rows.
+
+    Place and stored place are as little correlated as in a permutation of 2,500 (5 sigma: 0.1); two neighbours in the
+    unit, views of other images, are a third of the window apart in the mean, and a row lies as far from its stored
+    place. The m places of a visit are drawn out of 4 m steps: the mean gap is (4 m + 1) / (m + 1) steps, here 3.4, less
+    what runs that are cut short at both ends of the window take.
+    """
+    order = Order(rows_per_unit=[10_000], views_per_unit=[4], seed=1, window_rows=10_000, visit_views=4, batch_size=50)
+    stored = order.rows(0)[:, 1]
+    assert abs(np.corrcoef(stored, np.arange(10_000))[0, 1]) < 0.1
+    place = np.argsort(stored)
+    assert abs(np.abs(place[3:-1:4] - place[4::4]).mean() / (10_000 / 3) - 1) < 0.05
+    assert abs(np.abs(stored - np.arange(10_000)).mean() / (10_000 / 3) - 1) < 0.05
+    views = np.sort(place.reshape(2500, 4), axis=1)
+    assert 3.2 < np.diff(views, axis=1).mean() / 50 < 3.45
+    assert (views[:, -1] - views[:, 0]).max() <= 50 * 15
+    begun = np.bincount(views[:, 0] // 50, minlength=200)
+    assert begun[20:180].reshape(-1, 4).sum(1).max() <= 1.6 * 50  # of 50 that four steps begin in the mean
+
+
 def test_windows_shrink_for_large_rows():
     assert window_rows_for(200) == WINDOW_ROWS
     assert window_rows_for(8 * 1000) == 2**28 // 8000
@@ -59,6 +80,8 @@ def test_refusals():
         Order(rows_per_unit=np.array([0, 0]), seed=0)
     with pytest.raises(ConfigError, match=r"window_rows is at least 1; got 0"):
         Order(rows_per_unit=np.array([1]), seed=0, window_rows=0)
+    with pytest.raises(ConfigError, match=r"views_per_visit is at least 1; got 0"):
+        Order(rows_per_unit=np.array([1]), seed=0, visit_views=0)
     with pytest.raises(ConfigError, match=r"batch_size is at least 1; got 0"):
         num_steps(10, 0)
     with pytest.raises(ValueError, match="outside an epoch"):
