@@ -2,8 +2,9 @@
 
 from kddata.training.classify import Classified, classify
 from kddata.training.job import DataArgs, EvaluationArgs, Member, OptimizerArgs, StudentArgs, TrainingJob
-from kddata.training.loop import Progress, TrainingResult, check, finished, train
+from kddata.training.loop import check, train
 from kddata.training.predict import Predictions, normaliser, predict
+from kddata.training.results import Progress, TrainingResult, finished
 from kddata.training.steps import Step, training_steps
 
 __all__ = [

@@ -1,29 +1,28 @@
 """Runs: the folder of one training run, and what may lie in it.
 
     job.json              what is trained, written first; a run of this name with another job is refused
-    checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished
+    checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished; see `checkpoints`
     model.safetensors     the student's weights, alone
     metrics.json          the loss of every step, and a record of every epoch
     card.json             who learned what from whom, and how well; written last, so a run that has it has finished
 
-Files are published whole by `store.storage`, so that a torn one is never loaded. Trade-off: one checkpoint is kept,
-the newest.
+Files are published whole by `store.storage`, so that a torn one is never loaded. Trade-off: a run is one folder on
+one storage; a result is not copied elsewhere by itself.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from kddata.cards import canonical_json, differences
 from kddata.errors import ConfigError
 from kddata.store.storage import open_storage
+from kddata.training.checkpoints import Checkpoints
 
 
 class Run:
@@ -31,6 +30,7 @@ class Run:
 
     def __init__(self, url: str) -> None:
         self._files = open_storage(url)
+        self.checkpoints = Checkpoints(self._files)
 
     def check(self, job: Mapping[str, Any]) -> None:
         """Raises ConfigError naming the fields in which a run of this name was begun with another job."""
@@ -52,22 +52,6 @@ class Run:
         self._files.create("job.json", canonical_json(job).encode())
         self.check(job)
 
-    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        """Publishes the state after so many steps, then removes older checkpoints."""
-        name = f"checkpoints/{step:09d}.pt"
-        with self._files.replacing(name) as file:
-            torch.save(state, cast(IO[bytes], file))
-        for old in self._checkpoints():
-            if old < name:
-                self._files.remove(old)
-
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest state, on the CPU, or None where there is none. No code is loaded (weights_only)."""
-        names = self._checkpoints()
-        if not names:
-            return None
-        return torch.load(io.BytesIO(self._files.read(names[-1])), map_location="cpu", weights_only=True)
-
     def finish(self, weights: Mapping[str, Tensor], *, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Publishes the result, the card last, and removes the checkpoints."""
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
@@ -78,7 +62,7 @@ class Run:
         ):
             with self._files.replacing(name) as file:
                 file.write(data)
-        self._files.remove_folder("checkpoints")
+        self.checkpoints.remove()
 
     def result(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(card, metrics) of a finished run, else None."""
@@ -87,6 +71,3 @@ class Run:
         except FileNotFoundError:
             return None
         return card, json.loads(self._files.read("metrics.json"))
-
-    def _checkpoints(self) -> list[str]:
-        return [name for name in self._files.sizes("checkpoints") if name.endswith(".pt")]

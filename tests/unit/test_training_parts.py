@@ -85,7 +85,7 @@ def test_a_run_stopped_at_each_checkpoint_ends_in_the_same_bits(job: TrainingJob
         try:
             resumed = train(again, report=stop)
         except KeyboardInterrupt:
-            checkpoint = Run(again.run).load_checkpoint()
+            checkpoint = Run(again.run).checkpoints.load()
             assert checkpoint is not None
             assert checkpoint["parts"]
     assert resumed.loss_S == whole.loss_S
