@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from kddata.config.reading import (
     absolute_arch,
     absolute_weights,
     all_absolute,
+    with_places,
 )
 from kddata.errors import ConfigError
 
@@ -116,7 +117,11 @@ class LabelCluster(Section):
 
 
 class LabelFile(Section):
-    """A label job: images x views x teacher -> a store."""
+    """A label job: images x views x teacher -> a store.
+
+    for_methods: methods that are to train from the store, each a name or {name, and its arguments} as in a train job:
+    what one needs and the store would not hold is named before the teacher is loaded. The store does not depend on it.
+    """
 
     images: Location
     store: str
@@ -125,20 +130,22 @@ class LabelFile(Section):
     labels: Labels
     units: Units = Units()
     limits: Limits = Limits()
+    for_methods: tuple[str | dict[str, Any], ...] = ()
     cluster: LabelCluster = LabelCluster()
 
 
 def label_job(file: LabelFile) -> LabellingJob:
     """The plain job of a label file. Paths become absolute.
 
-    Raises ConfigError for values that no plan of views can have, or a class list that cannot be read.
+    Raises ConfigError for values that no plan of views can have, a class list that cannot be read, or a method of
+    `for_methods` that could not train from the store.
     """
-    from kddata.labelling import LabellingJob
+    from kddata.labelling import LabellingJob, require_served
     from kddata.teacher import TeacherArgs
     from kddata.views import ViewPlan
 
     teacher, views = file.teacher, file.views
-    return LabellingJob(
+    job = LabellingJob(
         images=all_absolute(file.images),
         store=absolute(file.store),
         teacher=TeacherArgs(
@@ -179,6 +186,8 @@ def label_job(file: LabelFile) -> LabellingJob:
         threads=file.cluster.threads_per_teacher,
         memory_format=teacher.memory_format,
     )
+    require_served(job, [method if isinstance(method, str) else with_places(method) for method in file.for_methods])
+    return job
 
 
 def read_class_names(url: str) -> tuple[str, ...]:

@@ -167,3 +167,13 @@ def absolute_arch(arch: str) -> str:
 def all_absolute(location: Location) -> Location:
     """`absolute` for one location or a list of them."""
     return absolute(location) if isinstance(location, str) else tuple(map(absolute, location))
+
+
+def with_places(method: dict[str, Any]) -> dict[str, Any]:
+    """A method whose files (srrl's classifier) have absolute places, in the terms of a sum too."""
+    found = dict(method)
+    if isinstance(found.get("classifier"), str):
+        found["classifier"] = absolute(found["classifier"])
+    if isinstance(found.get("terms"), list):
+        found["terms"] = [with_places(term) if isinstance(term, dict) else term for term in found["terms"]]
+    return found

@@ -17,6 +17,7 @@ from kddata.config.reading import (
     absolute_arch,
     absolute_weights,
     all_absolute,
+    with_places,
 )
 from kddata.errors import ConfigError
 
@@ -147,7 +148,7 @@ def train_job(file: TrainFile) -> TrainingJob:
 
     if not isinstance(file.method.get("name"), str):
         raise ConfigError("a method has a name", actual=file.method, where="method", fix="such as {name: kd}")
-    method = _with_places(file.method)
+    method = with_places(file.method)
     losses.make(**method)
     student, evaluate = file.student, file.evaluate
     first, *others = (Member(url=file.store),) if isinstance(file.store, str) else file.store
@@ -182,13 +183,3 @@ def train_job(file: TrainFile) -> TrainingJob:
         else training.EvaluationArgs(images=all_absolute(evaluate.images), every_epochs=evaluate.every_epochs),
         checkpoint_steps=file.run.checkpoint_steps,
     )
-
-
-def _with_places(method: dict[str, Any]) -> dict[str, Any]:
-    """A method whose files (srrl's classifier) have absolute places, in the terms of a sum too."""
-    found = dict(method)
-    if isinstance(found.get("classifier"), str):
-        found["classifier"] = absolute(found["classifier"])
-    if isinstance(found.get("terms"), list):
-        found["terms"] = [_with_places(term) if isinstance(term, dict) else term for term in found["terms"]]
-    return found

@@ -23,6 +23,7 @@ from kddata.labelling.job import (
     require_distinct,
 )
 from kddata.labelling.planning import Estimate, estimate
+from kddata.labelling.serving import require_served
 from kddata.labelling.unit import hashed_by_draw, label_unit
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "missing_units",
     "prepare",
     "require_distinct",
+    "require_served",
 ]

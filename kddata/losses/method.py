@@ -98,9 +98,16 @@ class Method:
         sampled: bool = False,
         mixed: bool = False,
         outputs: tuple[str, ...] = (),
+        views: int | None = None,
         where: str = "the label store",
+        by: str = "label again with",
     ) -> None:
-        """Raises ConfigError naming the piece that a store of such labels does not hold; call it before training."""
+        """Raises ConfigError naming the piece that a store of such labels does not hold; call it before training.
+
+        Args:
+            views: of each image; None where that is not known.
+            by: how the store comes to hold it, as the error words it.
+        """
         for term in self.terms:
             term.check(
                 k=k,
@@ -110,12 +117,16 @@ class Method:
                 sampled=sampled,
                 mixed=mixed,
                 outputs=outputs,
+                views=views,
                 where=where,
+                by=by,
             )
         needs, missing = self.needs, None
         if absent := [name for name in needs.outputs if name not in outputs]:
-            fix = f"label again with labels.outputs naming {', '.join(absent)}"
+            fix = f"{by} labels.outputs=[{', '.join([*outputs, *absent])}]"
             missing = f"the stored output {absent[0]}", ", ".join(outputs) or "none", fix
+        elif views is not None and views < needs.views:
+            missing = f"{needs.views} views of each image", str(views), f"{by} views.per_image={needs.views}"
         elif needs.targets and not has_targets:
             missing = "ground-truth labels of the images", "its images have none", HARD_ALONE
         elif needs.one_target and mixed:
@@ -125,12 +136,17 @@ class Method:
         elif needs.sampled and not sampled:
             missing = "classes drawn at random", "the top classes", "set method.tail to bucket"
         elif sampled and not needs.sampled:
-            missing = "top classes", "classes drawn at random", "set method.tail to sampled"
+            missing = (
+                "top classes",
+                "classes drawn at random",
+                f"{by} labels.keep=top (or use method kd with tail sampled)",
+            )
         elif needs.all_classes and k != num_classes:
-            fix = f"label again with labels.k={num_classes} (or set method.tail, where the method has it)"
+            fix = f"{by} labels.k={num_classes} (or set method.tail, where the method has it)"
             missing = "all classes", f"k = {k} of {num_classes}", fix
         elif k != num_classes and (unknown := [t for t in needs.temperatures if t not in temperatures]):
-            fix = f"use one of these, or label again with labels.temperatures naming {unknown[0]:g}"
+            wanted = ", ".join(f"{t:g}" for t in [*temperatures, *unknown])
+            fix = f"use one of these, or {by} labels.temperatures=[{wanted}]"
             missing = f"the tail mass at temperature {unknown[0]:g}", f"it at {list(temperatures)} alone", fix
         if missing is not None:
             rule, actual, fix = missing

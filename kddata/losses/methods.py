@@ -259,7 +259,8 @@ METHODS: dict[str, _Entry] = {
     "ttm": _Entry(ttm_loss, _dense),
     "ofa": _Entry(ofa_loss, partial(_dense, targets=True)),
     "mlkd": _Entry(
-        mlkd_loss, lambda args: Needs(temperatures=tuple(args["temperatures"]), all_classes=args["tail"] is None)
+        mlkd_loss,
+        lambda args: Needs(temperatures=tuple(args["temperatures"]), all_classes=args["tail"] is None, views=2),
     ),
     "ctkd": _Entry(
         _ctkd,

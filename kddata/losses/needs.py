@@ -28,6 +28,8 @@ class Needs:
         parts: whether it has learned parts, built by `Method.parts`, trained and saved with the student.
         head: whether the student's answers are those of its parts, at inference too; see `Method.answer`.
         image_ids: whether it must know which image each row is.
+        views: the least number of views of each image.
+        classifiers: (safetensors file, layer) of each teacher's classifier that it reads.
     """
 
     temperatures: tuple[float, ...] = ()
@@ -40,6 +42,8 @@ class Needs:
     parts: bool = False
     head: bool = False
     image_ids: bool = False
+    views: int = 1
+    classifiers: tuple[tuple[str, str], ...] = ()
 
     @property
     def sees(self) -> bool:

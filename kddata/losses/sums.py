@@ -40,7 +40,12 @@ def _joined(needs: list[Needs]) -> Needs:
     found: dict[str, Any] = {}
     for name in (f.name for f in fields(Needs)):
         values = [getattr(x, name) for x in needs]
-        found[name] = any(values) if isinstance(values[0], bool) else tuple(dict.fromkeys(itertools.chain(*values)))
+        if isinstance(values[0], bool):
+            found[name] = any(values)
+        elif isinstance(values[0], int):
+            found[name] = max(values)
+        else:
+            found[name] = tuple(dict.fromkeys(itertools.chain(*values)))
     return Needs(**found)
 
 

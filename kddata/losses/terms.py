@@ -48,6 +48,7 @@ class Term(NamedTuple):
     student: Callable[[Arguments], tuple[str, ...]]
     parts: Callable[[Arguments, Shapes, Shapes], nn.Module] | None = None
     image_ids: bool = False
+    classifiers: Callable[[Arguments], tuple[tuple[str, str], ...]] = lambda args: ()
 
     def needs(self, args: Arguments) -> Needs:
         """Raises ConfigError where the two sides name different numbers of tensors."""
@@ -55,7 +56,13 @@ class Term(NamedTuple):
         if len(outputs) != len(student):
             raise ConfigError("a method names as many teacher's as student's tensors", actual=f"{outputs}, {student}")
         parts = self.parts is not None
-        return Needs(outputs=outputs, student=student, parts=parts, image_ids=self.image_ids)
+        return Needs(
+            outputs=outputs,
+            student=student,
+            parts=parts,
+            image_ids=self.image_ids,
+            classifiers=self.classifiers(args),
+        )
 
 
 def _stored(kind: str) -> Callable[[Arguments], tuple[str, ...]]:
@@ -233,6 +240,10 @@ def _srrl(
     return srrl_loss(student, teacher, logits, of_teacher, alpha=alpha, beta=beta)
 
 
+def _classifier(args: Arguments) -> tuple[tuple[str, str], ...]:
+    return ((args["classifier"], args["classifier_layer"]),)
+
+
 def _srrl_parts(args: Arguments, student: Shapes, teacher: Shapes) -> nn.Module:
     classifier = TeacherClassifier.load(args["classifier"], args["classifier_layer"])
     (channels,), (width,) = _channels(student, _captured(args)), teacher["embedding"]
@@ -274,7 +285,7 @@ TERMS: dict[str, Term] = {
     "cc": Term(_cc, _TEACHER, _STUDENT, _projector),
     "nst": Term(_nst, _FEATURES, _captured),
     "vid": Term(_vid, _FEATURES, _captured, _for_each(VariationalRegressor)),
-    "srrl": Term(_srrl, lambda args: ("embedding",), _captured, _srrl_parts),
+    "srrl": Term(_srrl, lambda args: ("embedding",), _captured, _srrl_parts, classifiers=_classifier),
     "crd": Term(_crd, _TEACHER, _STUDENT, _bank, image_ids=True),
     "reviewkd": Term(_reviewkd, _FEATURES, _captured, _fusion),
     "ofd": Term(_ofd, _FEATURES, _captured, _for_each(_before_relu)),

@@ -48,6 +48,7 @@ def check_job(
             sampled=each.spec.keep == "sampled",
             mixed=each.spec.plan.has_mix,
             outputs=tuple(output.name for output in each.spec.outputs),
+            views=each.views_per_image,
             where=each.url,
         )
     if method.needs.image_ids and world_size > 1:
