@@ -5,6 +5,8 @@
     attention:NODE      [H, W]         mean over channels of its squares
     fsp:NODE:NODE       [C, C']        how two layers' channels go together
 
+Two more are not captured but made, by `kddata.boundary`: `boundary` [3, S, S] and `boundary_logits` [C].
+
 NODE is the dotted name of a module, as in `network.named_modules()`. Hooks take the tensors as the network computes
 them, so that any architecture serves, in training as in evaluation, with gradients where there are any; a graph
 extractor would have to trace the network first, which many cannot be.
@@ -25,9 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kddata import boundary
 from kddata.errors import ConfigError, TeacherError
 
-KINDS = {"embedding": 0, "features": 1, "attention": 1, "fsp": 2}  # and how many nodes each has
+KINDS = {
+    "embedding": 0,
+    "features": 1,
+    "attention": 1,
+    "fsp": 2,
+    **dict.fromkeys(boundary.NAMES, 0),
+}  # and how many nodes each has
 
 
 def parse(name: str) -> tuple[str, tuple[str, ...]]:
@@ -35,7 +44,7 @@ def parse(name: str) -> tuple[str, tuple[str, ...]]:
     kind, *nodes = name.split(":")
     if kind not in KINDS or len(nodes) != KINDS[kind] or not all(nodes):
         raise ConfigError(
-            "an output is named embedding, features:NODE, attention:NODE or fsp:NODE:NODE",
+            "an output is named embedding, features:NODE, attention:NODE, fsp:NODE:NODE, boundary or boundary_logits",
             actual=repr(name),
             fix="NODE is the dotted name of a module of the network, such as layer2",
         )
@@ -72,11 +81,12 @@ def _wide(x: Tensor) -> Tensor:
 class Capture:
     """Watches a network, and gives the named tensors of its last forward pass. Owns the hooks; `close` removes them.
 
-    Raises ConfigError for a name that is none, or whose nodes the network does not have, naming the nearest.
+    Names of what is not captured (boundary samples) are left out. Raises ConfigError for a name that is none, or whose
+    nodes the network does not have, naming the nearest.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
-        self._names = [(name, *parse(name)) for name in names]
+        self._names = [(name, *parse(name)) for name in names if name not in boundary.NAMES]
         modules = dict(network.named_modules())
         nodes = {node for _, _, named in self._names for node in named}
         for node in sorted(nodes):
@@ -120,6 +130,10 @@ class Capture:
             else:
                 found[name] = tensors[0].flatten(1) if kind == "embedding" else tensors[0]
         return found
+
+    def forget(self) -> None:
+        """Lets go of what was seen since `take`."""
+        self._seen = {}
 
     def close(self) -> None:
         """Stops watching."""

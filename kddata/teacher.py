@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kddata import builders, rng
+from kddata.boundary import boundary_samples, to_pixels
 from kddata.cards import Dtype, MemoryFormat, TeacherCard
 from kddata.errors import TeacherError
 from kddata.features import Capture
@@ -42,6 +43,10 @@ class Answers(Protocol):
 
     def answer(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The same logits, and the outputs [B, ...] that the teacher was loaded to give, on the CPU, by name."""
+        ...
+
+    def boundary(self, pixels_u8_B3SS: Tensor, attack_class_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Boundary samples towards these classes, and float32 logits of them; see `Teacher.boundary`."""
         ...
 
 
@@ -111,18 +116,42 @@ class Teacher:
 
         Where there are no views, there are no outputs either.
         """
-        size_px = self.card.size_px
-        if pixels_u8_B3SS.dtype != torch.uint8 or tuple(pixels_u8_B3SS.shape[1:]) != (3, size_px, size_px):
-            raise ValueError(
-                f"views for this teacher are uint8 [B, 3, {size_px}, {size_px}]; "
-                f"got {pixels_u8_B3SS.dtype} {tuple(pixels_u8_B3SS.shape)}"
-            )
+        self._check(pixels_u8_B3SS)
         with _torch_threads(self._threads), _exact_cudnn():
             parts = [self._forward(chunk) for chunk in pixels_u8_B3SS.split(self._batch_size)]
         if not len(pixels_u8_B3SS):
             return torch.empty(0, self.card.num_classes), {}
         outputs = {name: torch.cat([outputs[name] for _, outputs in parts]) for name in parts[0][1]}
         return torch.cat([logits for logits, _ in parts]), outputs
+
+    def boundary(self, pixels_u8_B3SS: Tensor, attack_class_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(samples, logits): the views walked to the boundary towards these classes, as `boundary_samples` says.
+
+        Samples are pixels of 0 to 255, float16 [B, 3, S, S]; logits float32 [B, C], of those rounded samples. Both are
+        on the CPU, and a row does not depend on the others. The walk is in the teacher's normalised input. Raises like
+        a call.
+        """
+        self._check(pixels_u8_B3SS)
+        with _torch_threads(self._threads), _exact_cudnn():
+            chunks = zip(pixels_u8_B3SS.split(self._batch_size), attack_class_B.split(self._batch_size), strict=True)
+            samples = [self._walk(*chunk) for chunk in chunks]
+            with torch.inference_mode():
+                logits = [self._forward(sample)[0] for sample in samples]
+        return torch.cat(samples), torch.cat(logits)
+
+    def _walk(self, pixels_u8_B3SS: Tensor, attack_class_B: Tensor) -> Tensor:
+        num_views = len(pixels_u8_B3SS)
+        attack = attack_class_B.new_zeros(self._batch_size)
+        attack[:num_views] = attack_class_B
+        moved = boundary_samples(
+            lambda x: self._network(x.to(self._dtype).contiguous(memory_format=self._layout)).float(),
+            self._input(pixels_u8_B3SS),
+            attack.to(self._device),
+            lowest=(0 - self._mean_311) / self._std_311,
+            highest=(1 - self._mean_311) / self._std_311,
+        )
+        self._capture.forget()
+        return to_pixels(moved, self._mean_311, self._std_311)[:num_views].cpu()
 
     def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Teacher:
         """The same network fed pixels that are normalised otherwise. Nothing is copied."""
@@ -131,11 +160,23 @@ class Teacher:
         other._take_statistics()
         return other
 
-    def _forward(self, pixels_u8_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        num_views, wanted = len(pixels_u8_B3SS), (self._batch_size, self.card.num_classes)
-        padded = pixels_u8_B3SS.new_zeros(self._batch_size, *pixels_u8_B3SS.shape[1:])
-        padded[:num_views] = pixels_u8_B3SS
-        x = padded.to(self._device).float().div_(255).sub_(self._mean_311).div_(self._std_311)
+    def _check(self, pixels_u8_B3SS: Tensor) -> None:
+        size_px = self.card.size_px
+        if pixels_u8_B3SS.dtype != torch.uint8 or tuple(pixels_u8_B3SS.shape[1:]) != (3, size_px, size_px):
+            raise ValueError(
+                f"views for this teacher are uint8 [B, 3, {size_px}, {size_px}]; "
+                f"got {pixels_u8_B3SS.dtype} {tuple(pixels_u8_B3SS.shape)}"
+            )
+
+    def _input(self, pixels_B3SS: Tensor) -> Tensor:
+        """Pixels, normalised and padded to the batch size, on the device."""
+        padded = pixels_B3SS.new_zeros(self._batch_size, *pixels_B3SS.shape[1:])
+        padded[: len(pixels_B3SS)] = pixels_B3SS
+        return padded.to(self._device).float().div_(255).sub_(self._mean_311).div_(self._std_311)
+
+    def _forward(self, pixels_B3SS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        num_views, wanted = len(pixels_B3SS), (self._batch_size, self.card.num_classes)
+        x = self._input(pixels_B3SS)
         logits = self._network(x.to(self._dtype).contiguous(memory_format=self._layout))
         if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
             raise TeacherError(

@@ -234,6 +234,10 @@ class _OneAtATime:
         with self._lock:
             return self._teacher.answer(pixels_u8_B3SS)
 
+    def boundary(self, pixels_u8_B3SS: Tensor, attack_class_B: Tensor) -> tuple[Tensor, Tensor]:
+        with self._lock:
+            return self._teacher.boundary(pixels_u8_B3SS, attack_class_B)
+
 
 class _Tally:
     """Sums over the receipts of a store: those that were there, and those that come."""

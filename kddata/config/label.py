@@ -79,7 +79,8 @@ class Labels(Section):
     serve method kd with tail sampled at temperature 1.
     format: arrow; tar, for the webdataset library; or tar+images, with the images' bytes beside their labels.
     outputs: tensors inside the teacher to keep as float16: embedding, features:NODE, attention:NODE, fsp:NODE:NODE,
-    where NODE is the dotted name of a module, such as layer2.
+    where NODE is the dotted name of a module, such as layer2; boundary and boundary_logits: samples at the edge between
+    two classes, for method bss.
     """
 
     k: Count

@@ -9,6 +9,7 @@
 Deliberately not here: who labels which unit, and progress bars.
 """
 
+from kddata.labelling.attacks import boundary_outputs
 from kddata.labelling.job import (
     Labelled,
     LabellingJob,
@@ -30,6 +31,7 @@ __all__ = [
     "Estimate",
     "Labelled",
     "LabellingJob",
+    "boundary_outputs",
     "check_bad_images",
     "estimate",
     "finish",

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from kddata import boundary
 from kddata.cards import Codec, Format, Keep, MemoryFormat, Output, StoreSpec
 from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
 from kddata.images import ImageSource, open_source
+from kddata.labelling.attacks import boundary_shapes
 from kddata.labelling.unit import label_unit
 from kddata.store import LabelStore, Receipt, Unit, driving
 from kddata.teacher import Answers, Teacher, TeacherArgs, load_teacher
@@ -166,9 +167,12 @@ def prepare(job: LabellingJob, *, teacher: Teacher | None = None, extend: bool =
 
 def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
     """The spec of the store of a job with its teacher, which is asked about a black view where it has outputs."""
-    outputs: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if job.outputs:
         _, outputs = teacher.answer(torch.zeros(1, 3, job.teacher.size_px, job.teacher.size_px, dtype=torch.uint8))
+        shapes = {name: tuple(x.shape[1:]) for name, x in outputs.items()}
+    if any(name in boundary.NAMES for name in job.outputs):
+        shapes |= boundary_shapes(job.teacher.num_classes, job.teacher.size_px)
     return StoreSpec(
         plan=job.plan,
         teacher=teacher.card,
@@ -177,7 +181,7 @@ def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
         temperatures=job.temperatures,
         codec=job.codec,
         format=job.format,
-        outputs=tuple(Output(name=name, shape=tuple(outputs[name].shape[1:])) for name in job.outputs),
+        outputs=tuple(Output(name=name, shape=shapes[name]) for name in job.outputs),
         unit_images=job.unit_images,
         unit_views=job.unit_views,
         batch_size=job.batch_size,

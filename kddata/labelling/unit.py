@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kddata import rng
+from kddata import boundary, rng
 from kddata.cards import Output, StoreSpec
 from kddata.errors import BadImageError, StoreMismatchError, TeacherError
 from kddata.images import ImageRef, ImageSource, decode, image_again, image_hash
+from kddata.labelling.attacks import boundary_outputs
 from kddata.labelling.mixing import Partners
 from kddata.store import LabelRows, LabelStore, Receipt, Unit
 from kddata.store.rows import objects
@@ -151,12 +152,15 @@ def _answer(spec: StoreSpec, unit: Unit, batch: list[_Cut], teacher: Answers) ->
             where=f"unit {unit.number}, {spec.teacher.arch}",
             fix="check its weights, mean and std",
         )
+    image_ids, views = [cut.ref.image_id for cut in batch], [cut.view_index for cut in batch]
+    if any(output.name in boundary.NAMES for output in spec.outputs):
+        outputs |= boundary_outputs(spec, teacher, pixels, logits_BC, image_ids, views)
     resized = spec.plan.policy == "center"
     return LabelRows(
-        image_id=[cut.ref.image_id for cut in batch],
-        view=np.array([cut.view_index for cut in batch]),
+        image_id=image_ids,
+        view=np.array(views),
         label=np.array([-1 if cut.ref.label is None else cut.ref.label for cut in batch]),
-        labels=spec.labels_of(logits_BC, [cut.ref.image_id for cut in batch], [cut.view_index for cut in batch]),
+        labels=spec.labels_of(logits_BC, image_ids, views),
         box=np.array([cut.view.box for cut in batch]),
         flip=np.array([cut.view.flip for cut in batch]),
         resize=np.array([cut.view.resize for cut in batch]) if resized else None,

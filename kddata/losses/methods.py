@@ -77,6 +77,7 @@ def make(name: str, **args: Any) -> Method:
         sp, rkd, pkt, cc           teacher_output="embedding", student_output="embedding", or features:NODE;
                                    rkd: distance_weight=25, angle_weight=50
         crd                        the same, and num_images, width=128, negatives=16384, temperature=0.07, momentum=0.5
+        bss                        temperature=3; the student also answers the stored boundary samples
         srrl                       classifier (the teacher's weights), classifier_layer="fc", student_nodes (one),
                                    alpha=1, beta=5
 

@@ -28,6 +28,7 @@ class Needs:
         parts: whether it has learned parts, built by `Method.parts`, trained and saved with the student.
         head: whether the student's answers are those of its parts, at inference too; see `Method.answer`.
         image_ids: whether it must know which image each row is.
+        boundary: whether the student also answers the stored boundary samples, as its tensor `boundary_logits`.
         views: the least number of views of each image.
         classifiers: (safetensors file, layer) of each teacher's classifier that it reads.
     """
@@ -42,6 +43,7 @@ class Needs:
     parts: bool = False
     head: bool = False
     image_ids: bool = False
+    boundary: bool = False
     views: int = 1
     classifiers: tuple[tuple[str, str], ...] = ()
 

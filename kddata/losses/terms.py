@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kddata.errors import ConfigError
+from kddata.labels import SoftLabels
 from kddata.losses.ab import ab_loss
 from kddata.losses.at import at_loss
+from kddata.losses.bss import bss_loss
 from kddata.losses.cc import cc_loss
 from kddata.losses.crd import ContrastiveBank
 from kddata.losses.fitnets import HintRegressor, fitnets_loss
@@ -48,6 +50,7 @@ class Term(NamedTuple):
     student: Callable[[Arguments], tuple[str, ...]]
     parts: Callable[[Arguments, Shapes, Shapes], nn.Module] | None = None
     image_ids: bool = False
+    boundary: bool = False
     classifiers: Callable[[Arguments], tuple[tuple[str, str], ...]] = lambda args: ()
 
     def needs(self, args: Arguments) -> Needs:
@@ -57,10 +60,11 @@ class Term(NamedTuple):
             raise ConfigError("a method names as many teacher's as student's tensors", actual=f"{outputs}, {student}")
         parts = self.parts is not None
         return Needs(
-            outputs=outputs,
+            outputs=("boundary", *outputs) if self.boundary else outputs,
             student=student,
             parts=parts,
             image_ids=self.image_ids,
+            boundary=self.boundary,
             classifiers=self.classifiers(args),
         )
 
@@ -256,6 +260,17 @@ def _srrl_parts(args: Arguments, student: Shapes, teacher: Shapes) -> nn.Module:
     return nn.ModuleDict({"connector": Connector(channels, width), "classifier": classifier})
 
 
+def _bss(seen: Seen, *, temperature: float = 3.0) -> Tensor:
+    """Of every view alike: the paper leaves out views that teacher or student are wrong about, and its weight falls."""
+    logits_BC = seen.outputs["boundary_logits"]
+    labels = SoftLabels.from_logits(logits_BC, k=logits_BC.shape[1])
+    return bss_loss(seen.student["boundary_logits"], labels, temperature=temperature)
+
+
+def _boundary_logits(args: Arguments) -> tuple[str, ...]:
+    return ("boundary_logits",)
+
+
 def _list(seen: Seen) -> nn.ModuleList:
     assert isinstance(seen.parts, nn.ModuleList)
     return seen.parts
@@ -290,5 +305,6 @@ TERMS: dict[str, Term] = {
     "reviewkd": Term(_reviewkd, _FEATURES, _captured, _fusion),
     "ofd": Term(_ofd, _FEATURES, _captured, _for_each(_before_relu)),
     "ft": Term(_ft, _FEATURES, _captured),
+    "bss": Term(_bss, _boundary_logits, _boundary_logits, boundary=True),
     "ab": Term(_ab, _FEATURES, _captured, _for_each(_before_relu)),
 }

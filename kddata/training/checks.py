@@ -51,6 +51,13 @@ def check_job(
             views=each.views_per_image,
             where=each.url,
         )
+    if method.needs.boundary and job.data.size_px != spec.teacher.size_px:
+        raise ConfigError(
+            f"a student takes boundary samples as they are, of the teacher's {spec.teacher.size_px} px",
+            actual=f"data.size_px {job.data.size_px}",
+            where=store.url,
+            fix=f"set data.size_px={spec.teacher.size_px}, or use another method",
+        )
     if method.needs.image_ids and world_size > 1:
         raise ConfigError(
             f"method {method.name} has one bank of all images, and trains in one worker",

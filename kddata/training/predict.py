@@ -39,12 +39,12 @@ class Predictions:
 def normaliser(
     mean: tuple[float, float, float], std: tuple[float, float, float], device: str
 ) -> Callable[[Tensor], Tensor]:
-    """A function that brings uint8 views [B, 3, S, S] to a device as (pixels / 255 - mean) / std, channels last."""
+    """A function that brings views [B, 3, S, S], of 0 to 255, to a device as (x / 255 - mean) / std, channels last."""
     mean_311, std_311 = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def pixels_of(pixels_u8_B3SS: Tensor) -> Tensor:
         on_device = pixels_u8_B3SS.to(device, non_blocking=True, memory_format=torch.channels_last)
-        return on_device.float().div_(255).sub_(mean_311).div_(std_311)
+        return on_device.to(torch.float32, copy=True).div_(255).sub_(mean_311).div_(std_311)
 
     return pixels_of
 

@@ -47,7 +47,8 @@ class Pupil:
         self._average = None if job.optimizer.ema is None else average_of(self.student, job.optimizer.ema)
         self.capture = Capture(self.student, method.needs.student) if method.needs.student else None
         self.parts = _parts(job, store, method, self.student, self.capture, pixels_of, device)
-        self.network = self.student if self.parts is None else _Both(self.student, self.parts)
+        alone = self.parts is None and not method.needs.boundary
+        self.network = self.student if alone else _Both(self.student, self.parts)
 
     def after_step(self) -> None:
         """To be called after each optimizer step."""
@@ -92,14 +93,20 @@ class Pupil:
 
 
 class _Both(nn.Module):
-    """Answers as the student; holds the method's parts too, so that ranks share their gradients."""
+    """Answers as the student; holds the method's parts too, so that ranks share their gradients.
 
-    def __init__(self, student: nn.Module, parts: nn.Module) -> None:
+    With boundary samples, both answers come from one call, since ranks average gradients by the call.
+    """
+
+    def __init__(self, student: nn.Module, parts: nn.Module | None) -> None:
         super().__init__()
         self.student, self.parts = student, parts
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.student(pixels)
+    def forward(self, pixels: Tensor, samples: Tensor | None = None) -> Any:
+        if samples is None:
+            return self.student(pixels)
+        of_samples = self.student(samples)  # first: what is captured is of the last call
+        return self.student(pixels), of_samples
 
 
 def _parts(

@@ -118,10 +118,14 @@ def training_steps(
             group["lr"] = lr * group.get("scale", 1.0)
         to_train_mode(network)  # evaluation may have come between
         pixels = pixels_of(batch.pixels_u8_B3SS)
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            logits_BC = network(pixels)
         stored = Taught(batch.labels, batch.outputs, batch.others)
-        taught = (stored if teach is None else teach(batch)).to(logits_BC.device)
+        taught = (stored if teach is None else teach(batch)).to(pixels.device)
+        seen: dict[str, Tensor] = {}
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            if method.needs.boundary:
+                logits_BC, seen["boundary_logits"] = network(pixels, pixels_of(taught.outputs["boundary"]))
+            else:
+                logits_BC = network(pixels)
         targets_B = batch.targets_B.to(logits_BC.device, non_blocking=True)
         pair: dict[str, Any] = {}
         if batch.targets2_B is not None and batch.lam_B is not None:
@@ -130,7 +134,7 @@ def training_steps(
         loss_of = partial(
             _mean_loss, method, targets_B=targets_B, rows=batch.step_rows, pair=pair, weights=weights, mixture=mixture
         )
-        seen = {} if capture is None else capture.take()
+        seen |= {} if capture is None else capture.take()
         look = {"parts": parts, "student": seen, "image_ids": batch.image_ids} if method.needs.sees else {}
         loss = loss_of(logits_BC, taught, look=look)
         if seen:

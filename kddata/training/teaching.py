@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from kddata.cards import differences
 from kddata.errors import StoreMismatchError
+from kddata.labelling import boundary_outputs
 from kddata.losses import Method
 from kddata.replay import Batch
 from kddata.store import LabelStore
@@ -40,6 +41,9 @@ def teacher_in_the_loop(args: TeacherArgs, store: LabelStore, method: Method, de
         assert batch.teacher_pixels_u8 is not None
         logits, outputs = teacher.answer(batch.teacher_pixels_u8)
         outputs = {name: x.clone() for name, x in outputs.items()}  # autograd keeps no tensors of inference mode
+        if method.needs.boundary:
+            here = batch.teacher_pixels_u8, logits, batch.image_ids, batch.view_indices
+            outputs |= {name: x.clone() for name, x in boundary_outputs(spec, teacher, *here).items()}
         return Taught(spec.labels_of(logits, batch.image_ids, batch.view_indices), outputs)
 
     return teach

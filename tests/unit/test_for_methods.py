@@ -17,7 +17,7 @@ from kddata.losses.methods import METHODS
 
 NODES = {"teacher_nodes": ["t1"], "student_nodes": ["s1"]}
 PAIRS = {"teacher_pairs": [["t1", "t2"]], "student_pairs": [["s1", "s2"]]}
-EVERYTHING = ["embedding", "features:t1", "attention:t1", "fsp:t1:t2"]
+EVERYTHING = ["embedding", "features:t1", "attention:t1", "fsp:t1:t2", "boundary", "boundary_logits"]
 
 
 def job(folder: Path, methods: list[Any], **labels: Any) -> LabellingJob:

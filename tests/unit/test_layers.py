@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "rng"},
     {"ops"},
-    {"views", "labels"},
+    {"views", "labels", "boundary"},
     {
         "cards",
         "builders",

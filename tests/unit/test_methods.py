@@ -37,6 +37,7 @@ STUDENT = {
     "features:s1": (4, 8, 8),
     "features:s2": (6, 4, 4),
     "fsp:s1:s2": (4, 6),
+    "boundary_logits": (5,),
 }
 TEACHER = {
     "embedding": (16,),
@@ -45,6 +46,8 @@ TEACHER = {
     "features:t1": (10, 8, 8),
     "features:t2": (16, 8, 8),  # another size than the student's
     "fsp:t1:t2": (4, 6),
+    "boundary": (3, 8, 8),
+    "boundary_logits": (5,),
 }
 
 
@@ -231,6 +234,8 @@ BYTES = {  # of float16, in the teachers that the page names
     "attention": 2 * sum(side**2 for side in (56, 28, 14, 7)),
     "features": 2 * 2048 * 7 * 7,
     "fsp": 2 * (16 * 32 + 32 * 64),
+    "boundary": 2 * 3 * 224 * 224,
+    "boundary_logits": 2 * 1000,
 }
 
 
@@ -249,7 +254,7 @@ def test_a_row_says_what_the_method_needs(name: str) -> None:
     if name not in ("kd", "hard"):
         alone = losses.make(name, **{**args, "hard_weight": 0}).needs.targets
         assert targets == ("yes" if alone else "in `hard_weight`")
-    kinds = {x.partition(":")[0] for x in needs.outputs}
+    kinds = dict.fromkeys(x.partition(":")[0] for x in needs.outputs)
     assert outputs == ", ".join(kinds)
     assert student == ", ".join({x.partition(":")[0] for x in needs.student})
     assert bool(parts) == (needs.parts and name != "fsp")

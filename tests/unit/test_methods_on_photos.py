@@ -7,6 +7,7 @@ same pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -20,14 +21,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kddata import losses, nets
+from kddata import losses, nets, rng
+from kddata.boundary import attack_classes
 from kddata.errors import ConfigError
-from kddata.labelling import LabellingJob, label_store
+from kddata.labelling import LabellingJob, boundary_outputs, label_store
 from kddata.labels import SoftLabels
 from kddata.losses import dense
 from kddata.replay import Batch, loader
 from kddata.store import LabelStore
-from kddata.teacher import TeacherArgs, build_network
+from kddata.teacher import TeacherArgs, build_network, load_teacher
 from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob, normaliser, train
 from kddata.views import ViewPlan
 
@@ -55,6 +57,7 @@ MAPS = {"teacher_nodes": TEACHER_NODES, "student_nodes": STUDENT_NODES}
 PAIRS = {"teacher_pairs": [["4", "6"], ["6", "8"]], "student_pairs": [["3", "4"], ["4", "5"]]}
 OUTPUTS = ("embedding", *(f"{kind}:{node}" for kind in ("features", "attention") for node in TEACHER_NODES))
 OUTPUTS += tuple(f"fsp:{a}:{b}" for a, b in itertools.pairwise(TEACHER_NODES))
+OUTPUTS += ("boundary", "boundary_logits")
 
 
 def look(network: nn.Module, nodes: list[str], pixels: Tensor) -> dict[str, Tensor]:
@@ -251,6 +254,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "crd": {"num_images": NUM_IMAGES, "negatives": 64, "weight": 0.8},
     "srrl": {"student_nodes": ["5"], "classifier_layer": "11"},
     "sum": {"terms": [{"name": "kd", "temperature": T, "alpha": 0.9}, {"name": "at", **MAPS, "weight": 1000}]},
+    "bss": {"weight": 2.0, "hard_weight": 0},
 }
 
 
@@ -277,11 +281,65 @@ def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) 
     method = {"name": name, **JOBS[name]} | ({"classifier": photos.teacher.weights} if name == "srrl" else {})
     cached = train(job_of(photos, tmp_path / "cached", method))
     assert falls(cached.loss_S)
-    if name in METHODS or name == "sum":
-        live = train(job_of(photos, tmp_path / "live", method, teacher=photos.teacher))
+    if name in METHODS or name in ("sum", "bss"):
+        job = job_of(photos, tmp_path / "live", method, teacher=photos.teacher)
+        if name == "bss":  # thirty passes of the teacher a view
+            job = dataclasses.replace(job, optimizer=OptimizerArgs(lr=0.02, epochs=1))
+        live = train(job)
         assert live.cached_loss_S[0] == cached.loss_S[0]
         assert live.loss_S != live.cached_loss_S
         assert falls(live.loss_S)
+
+
+def test_boundary_samples_lie_nearer_to_where_the_teacher_changes_its_mind(photos: Photos) -> None:
+    teacher = load_teacher(photos.teacher)
+    spec, gaps, moved = photos.store.spec, [], []
+    for step in photos.steps[:4]:
+        batch, kept = step.batch, step.batch.outputs
+        assert batch.teacher_pixels_u8 is None
+        views = batch.pixels_u8_B3SS  # the student's size is the teacher's
+        logits_BC = teacher(views)
+        again = boundary_outputs(spec, teacher, views, logits_BC, batch.image_ids, batch.view_indices)
+        assert torch.equal(again["boundary"], kept["boundary"])  # of these rows in another batch, in another order
+        assert torch.equal(again["boundary_logits"].half(), kept["boundary_logits"])
+        assert 0 <= kept["boundary"].min() <= kept["boundary"].max() <= 255
+        draws = [rng.unit_interval(spec.plan.seed, "boundary", image_id, 0) for image_id in batch.image_ids]
+        towards_B1 = attack_classes(logits_BC, torch.tensor(draws, dtype=torch.float64))[:, None]
+        base_B1 = logits_BC.argmax(1, keepdim=True)
+        answers = logits_BC, kept["boundary_logits"].float()
+        gaps.append([z.gather(1, base_B1) - z.gather(1, towards_B1) for z in answers])
+        moved.append((kept["boundary"].float() - views).flatten(1).square().mean(1).sqrt())
+    before, after = (torch.cat(gap) for gap in zip(*gaps, strict=True))
+    assert (after < before).float().mean() > 0.95
+    assert after.mean() < 0.5 * before.mean()
+    assert 0 < torch.cat(moved).mean() < 16  # of 255: they still look like their view
+
+
+def test_stored_boundary_samples_teach_as_live_ones_do(photos: Photos) -> None:
+    """The image is the same in every bit; the logits are rounded, and the loss moves by no more than that makes it."""
+    student, teacher = build_network(f"python:{__name__}:student_net", num_classes=10), load_teacher(photos.teacher)
+    method, pixels_of = losses.make("bss", hard_weight=0), normaliser(MEAN, STD, "cpu")
+    for step in photos.steps[:4]:
+        batch = step.batch
+        logits = teacher(batch.pixels_u8_B3SS)
+        live = boundary_outputs(photos.store.spec, teacher, batch.pixels_u8_B3SS, logits, batch.image_ids, [0] * ROWS)
+        with torch.no_grad():
+            seen = {"boundary_logits": student(pixels_of(batch.outputs["boundary"].float()))}
+        found = [
+            method(step.live["logits"], None, outputs={key: x.float() for key, x in outputs.items()}, student=seen)
+            for outputs in (live, batch.outputs)
+        ]
+        z = live["boundary_logits"].clone().requires_grad_()
+        written_out = dense.kl((z / 3).log_softmax(1), (seen["boundary_logits"] / 3).log_softmax(1)).mean()
+        torch.testing.assert_close(found[0], written_out)
+        bound = to_first_order(written_out, [z])
+        assert abs(found[0].item() - found[1].item()) <= bound < 0.02 * found[0].item()
+
+
+def test_a_student_of_another_size_cannot_take_boundary_samples(photos: Photos, tmp_path: Path) -> None:
+    job = job_of(photos, tmp_path / "run", {"name": "bss"})
+    with pytest.raises(ConfigError, match=r"the teacher's 32 px; got data.size_px 24 .*data.size_px=32"):
+        train(dataclasses.replace(job, data=DataArgs(batch_size=ROWS, size_px=24)))
 
 
 def test_fitnets_in_its_two_stages(photos: Photos, tmp_path: Path) -> None:
