@@ -281,6 +281,13 @@ def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) 
     method = {"name": name, **JOBS[name]} | ({"classifier": photos.teacher.weights} if name == "srrl" else {})
     cached = train(job_of(photos, tmp_path / "cached", method))
     assert falls(cached.loss_S)
+    if name == "bss":
+        first = photos.steps[0].batch
+        student = build_network(f"python:{__name__}:student_net", num_classes=10).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            answer = student.train()(normaliser(MEAN, STD, "cpu")(first.outputs["boundary"]))
+        labels = SoftLabels.from_logits(first.outputs["boundary_logits"].float(), k=10)
+        assert cached.loss_S[0] == pytest.approx(2 * losses.bss_loss(answer, labels).item(), rel=1e-5)
     if name in METHODS or name in ("sum", "bss"):
         job = job_of(photos, tmp_path / "live", method, teacher=photos.teacher)
         if name == "bss":  # thirty passes of the teacher a view
@@ -292,7 +299,8 @@ def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) 
 
 
 def test_boundary_samples_lie_nearer_to_where_the_teacher_changes_its_mind(photos: Photos) -> None:
-    teacher = load_teacher(photos.teacher)
+    teacher, pixels_of = load_teacher(photos.teacher), normaliser(MEAN, STD, "cpu")
+    network = build_network(photos.teacher.arch, num_classes=10, weights=photos.teacher.weights)
     spec, gaps, moved = photos.store.spec, [], []
     for step in photos.steps[:4]:
         batch, kept = step.batch, step.batch.outputs
@@ -302,6 +310,11 @@ def test_boundary_samples_lie_nearer_to_where_the_teacher_changes_its_mind(photo
         again = boundary_outputs(spec, teacher, views, logits_BC, batch.image_ids, batch.view_indices)
         assert torch.equal(again["boundary"], kept["boundary"])  # of these rows in another batch, in another order
         assert torch.equal(again["boundary_logits"].half(), kept["boundary_logits"])
+        with torch.no_grad():
+            of_sample = network(pixels_of(kept["boundary"]))
+        torch.testing.assert_close(
+            of_sample.half(), kept["boundary_logits"], rtol=2e-3, atol=1e-4
+        )  # of the stored image
         assert 0 <= kept["boundary"].min() <= kept["boundary"].max() <= 255
         draws = [rng.unit_interval(spec.plan.seed, "boundary", image_id, 0) for image_id in batch.image_ids]
         towards_B1 = attack_classes(logits_BC, torch.tensor(draws, dtype=torch.float64))[:, None]
