@@ -87,6 +87,18 @@ class Optimizer(Section):
     backbone_lr_scale: NotNegative = 1.0
 
 
+class FirstStage(Section):
+    """`first_stage:` of a run in two stages, before `method` and the epochs of the optimizer.
+
+    method: as below; hard_weight is 0 where it is not named: hints alone. lr: null for that of the optimizer.
+    """
+
+    method: dict[str, Any]
+    epochs: Count
+    lr: Positive | None = None
+    weight_decay: NotNegative = 0.0
+
+
 class Evaluate(Section):
     """`evaluate:` images with ground truth, looked at every so many epochs and after the last."""
 
@@ -130,6 +142,7 @@ class TrainFile(Section):
     combine: Literal["losses", "mixture"] = "losses"
     images: Location | None = None
     student: Student
+    first_stage: FirstStage | None = None
     method: dict[str, Any]
     data: Data
     optimizer: Optimizer
@@ -143,13 +156,10 @@ def train_job(file: TrainFile) -> TrainingJob:
 
     Raises ConfigError for a method or an argument of it that does not exist.
     """
-    from kddata import losses, training
+    from kddata import training
     from kddata.corruption import ClassImbalance, LabelNoise
 
-    if not isinstance(file.method.get("name"), str):
-        raise ConfigError("a method has a name", actual=file.method, where="method", fix="such as {name: kd}")
-    method = with_places(file.method)
-    losses.make(**method)
+    method, stage = _method(file.method, "method"), file.first_stage
     student, evaluate = file.student, file.evaluate
     first, *others = (Member(url=file.store),) if isinstance(file.store, str) else file.store
     return training.TrainingJob(
@@ -165,6 +175,14 @@ def train_job(file: TrainFile) -> TrainingJob:
             new_head=student.new_head,
             freeze_batchnorm=student.freeze_batchnorm,
             precision=student.precision,
+        ),
+        first_stage=None
+        if stage is None
+        else training.FirstStageArgs(
+            method=_method(stage.method, "first_stage.method"),
+            epochs=stage.epochs,
+            lr=stage.lr,
+            weight_decay=stage.weight_decay,
         ),
         method=method,
         data=training.DataArgs(
@@ -183,3 +201,14 @@ def train_job(file: TrainFile) -> TrainingJob:
         else training.EvaluationArgs(images=all_absolute(evaluate.images), every_epochs=evaluate.every_epochs),
         checkpoint_steps=file.run.checkpoint_steps,
     )
+
+
+def _method(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A method that exists, with absolute places. Raises ConfigError for one that does not."""
+    from kddata import losses
+
+    if not isinstance(values.get("name"), str):
+        raise ConfigError("a method has a name", actual=values, where=where, fix="such as {name: kd}")
+    method = with_places(values)
+    losses.make(**method)
+    return method

@@ -1,7 +1,15 @@
 """Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
 
 from kddata.training.classify import Classified, classify
-from kddata.training.job import DataArgs, EvaluationArgs, Member, OptimizerArgs, StudentArgs, TrainingJob
+from kddata.training.job import (
+    DataArgs,
+    EvaluationArgs,
+    FirstStageArgs,
+    Member,
+    OptimizerArgs,
+    StudentArgs,
+    TrainingJob,
+)
 from kddata.training.loop import check, train
 from kddata.training.predict import Predictions, normaliser, predict
 from kddata.training.results import Progress, TrainingResult, finished
@@ -11,6 +19,7 @@ __all__ = [
     "Classified",
     "DataArgs",
     "EvaluationArgs",
+    "FirstStageArgs",
     "Member",
     "OptimizerArgs",
     "Predictions",

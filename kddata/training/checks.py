@@ -120,6 +120,8 @@ def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] =
         del fields[name]
     if job.data.views_per_visit == 1:
         del fields["data"]["views_per_visit"]  # as before there was a choice
+    if job.first_stage is None:
+        del fields["first_stage"]
     if others or job.weight != 1:
         fields["ensemble"] = ensemble_of(job, [store, *others])
     return {**fields, "store": content_sha256(store)}

@@ -119,6 +119,27 @@ class OptimizerArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstStageArgs:
+    """How the first epochs of a run in two stages train; see `kddata.training.stages`.
+
+    Attributes:
+        method: as a job's; its `hard_weight` is 0 where it is not named, so that hints alone are followed.
+        epochs: passes over all views, before those of the optimizer.
+        lr: largest learning rate; None for that of the optimizer, whose other values hold here too, but for the next.
+        weight_decay: which also shrinks the layers that a hint does not reach.
+    """
+
+    method: Mapping[str, Any]
+    epochs: int
+    lr: float | None = None
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ConfigError("first_stage.epochs is at least 1", actual=self.epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationArgs:
     """What the student is judged on: a source with labels, every so many epochs and after the last."""
 
@@ -158,6 +179,7 @@ class TrainingJob:
         images: where the images lie now, if they moved since they were labelled.
         teacher: a teacher in the loop: it labels the same views anew, in place of the stored labels. It must be the
             store's own.
+        first_stage: what the student learns before; None for nothing.
         checkpoint_steps: a checkpoint every so many steps, beside the one after each epoch.
     """
 
@@ -170,6 +192,7 @@ class TrainingJob:
     images: str | tuple[str, ...] | None = None
     evaluate: EvaluationArgs | None = None
     teacher: TeacherArgs | None = None
+    first_stage: FirstStageArgs | None = None
     checkpoint_steps: int | None = None
     weight: float = 1.0
     others: tuple[Member, ...] = ()

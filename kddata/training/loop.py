@@ -27,6 +27,7 @@ from kddata.training.predict import normaliser
 from kddata.training.pupil import Pupil
 from kddata.training.results import History, Progress, TrainingResult, card_of, finished
 from kddata.training.run import Run
+from kddata.training.stages import first_stage_of, reported, second_stage_of
 from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
 from kddata.training.students import make_optimizer
 from kddata.training.teaching import teacher_in_the_loop
@@ -64,10 +65,28 @@ def train(
         _log.info("%s has finished already; nothing is done", job.run)
         return result
 
+    begun = job
+    if job.first_stage is not None:
+        run.begin(identity(job, store, others))
+        train(
+            first_stage_of(job),
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            threads=threads,
+            num_workers=num_workers,
+            wrap=wrap,
+            report=reported(job, report, first=True),
+        )
+        if world_size > 1:
+            torch.distributed.barrier()  # rank 0 has written what all of them start from
+        begun = second_stage_of(job)
+        report = reported(job, report, first=False)
+
     on_gpu = device.startswith("cuda")
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else teacher_in_the_loop(job.teacher, store, method, device)
-    pupil = Pupil(job, store, method, pixels_of=pixels_of, device=device)
+    pupil = Pupil(begun, store, method, pixels_of=pixels_of, device=device)
     optimizer = make_optimizer(job.optimizer, pupil.network, pupil.student)
     history = History()
     checkpoint = run.checkpoints.load()
@@ -196,6 +215,8 @@ def check(job: TrainingJob, *, world_size: int = 1) -> tuple[LabelStore, Method,
     check_job(job, store, others, method, world_size)
     run = Run(job.run)
     run.check(identity(job, store, others))
+    if job.first_stage is not None:
+        check(first_stage_of(job), world_size=world_size)
     return store, method, run
 
 

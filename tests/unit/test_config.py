@@ -221,6 +221,17 @@ def test_a_classifier_named_by_a_term_becomes_absolute(write, tmp_path: Path, mo
     assert job.method["terms"][0]["classifier"] == f"{tmp_path}/t.safetensors"
 
 
+def test_a_first_stage_reaches_the_job(write, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = "{method: {name: srrl, classifier: t.safetensors, student_nodes: [a]}, epochs: 3, lr: 0.5}"
+    job = train_job(load(TrainFile, write(TRAIN), [f"first_stage={stage}"]))
+    assert job.first_stage is not None
+    assert job.first_stage.method["classifier"] == f"{tmp_path}/t.safetensors"
+    assert (job.first_stage.epochs, job.first_stage.lr, job.first_stage.weight_decay) == (3, 0.5, 0.0)
+    with pytest.raises(ConfigError, match=r"a method has a name.*first_stage.method"):
+        train_job(load(TrainFile, write(TRAIN), ["first_stage={method: {}, epochs: 1}"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

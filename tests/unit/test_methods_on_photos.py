@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,16 @@ from kddata.losses import dense
 from kddata.replay import Batch, loader
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs, build_network, load_teacher
-from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob, normaliser, train
+from kddata.training import (
+    DataArgs,
+    FirstStageArgs,
+    OptimizerArgs,
+    Progress,
+    StudentArgs,
+    TrainingJob,
+    normaliser,
+    train,
+)
 from kddata.views import ViewPlan
 
 CIFAR = (
@@ -355,19 +365,54 @@ def test_a_student_of_another_size_cannot_take_boundary_samples(photos: Photos, 
         train(dataclasses.replace(job, data=DataArgs(batch_size=ROWS, size_px=24)))
 
 
-def test_fitnets_in_its_two_stages(photos: Photos, tmp_path: Path) -> None:
-    """The hint alone moves the layers below it, and no others; KD then starts from those."""
-    first = job_of(photos, tmp_path / "hint", {"name": "fitnets", **METHODS["fitnets"]})
-    assert falls(train(first).loss_S)
-    weights = load_file(f"{first.run}/model.safetensors")
-    network = build_network(f"python:{__name__}:student_net", num_classes=10)
-    for name, x in network.named_parameters():
-        assert torch.equal(x, weights[name]) == (int(name.split(".")[0]) > 4), name
-    second = job_of(photos, tmp_path / "kd", {"name": "kd", "temperature": T}, weights=f"{first.run}/model.safetensors")
-    alone = job_of(photos, tmp_path / "alone", {"name": "kd", "temperature": T})
-    staged, plain = train(second).loss_S, train(alone).loss_S
-    assert falls(staged)
-    assert staged[0] != plain[0]
+class Stop(Exception):
+    pass
+
+
+def stopping_at(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.step == step:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("name", ["fitnets", "fsp"])
+def test_two_stages_in_one_run(name: str, photos: Photos, tmp_path: Path) -> None:
+    """Hints alone move the layers below them; then KD starts from those. A stop in either changes nothing."""
+    hints = FirstStageArgs(
+        method={key: x for key, x in {"name": name, **METHODS[name]}.items() if key != "hard_weight"}, epochs=2
+    )
+    kd = {"name": "kd", "temperature": T}
+    job = dataclasses.replace(
+        job_of(photos, tmp_path / "run", kd, checkpoint_steps=5),
+        first_stage=hints,
+        optimizer=OptimizerArgs(lr=0.02, epochs=1, weight_decay=1e-3),
+    )
+    seen: list[Progress] = []
+    whole = train(job, report=seen.append)
+    assert [x.step for x in seen] == [5, 10, 15, 20, 25, 30]
+    assert {x.num_steps for x in seen} == {30}
+    assert [x.epoch for x in seen] == [0, 0, 1, 1, 2, 2]
+    assert falls(json.loads((tmp_path / "run/first/metrics.json").read_text())["loss_S"])
+    assert (whole.card["method"], whole.card["first_stage"]["epochs"]) == (kd, 2)
+    weights, highest = load_file(tmp_path / "run/first/model.safetensors"), 4 if name == "fitnets" else 5
+    for key, x in build_network(f"python:{__name__}:student_net", num_classes=10).named_parameters():
+        assert torch.equal(x, weights[key]) == (int(key.split(".")[0]) > highest), key
+
+    by_hand = job_of(photos, tmp_path / "second", kd, weights=str(tmp_path / "run/first/model.safetensors"))
+    assert train(dataclasses.replace(by_hand, optimizer=job.optimizer)).loss_S == whole.loss_S
+    stopped = dataclasses.replace(job, run=str(tmp_path / "stopped"))
+    for step in (15, 25):
+        with pytest.raises(Stop):
+            train(stopped, report=stopping_at(step))
+    seen.clear()
+    assert train(stopped, report=seen.append).loss_S == whole.loss_S
+    assert seen[0].step == 30  # what was saved is not done again
+    left = [load_file(tmp_path / run / "model.safetensors") for run in ("run", "stopped")]
+    assert all(torch.equal(left[0][key], left[1][key]) for key in left[0])
+    with pytest.raises(ConfigError, match=r"first_stage.epochs: begun with 2, now 1"):
+        train(dataclasses.replace(stopped, first_stage=dataclasses.replace(hints, epochs=1)))
 
 
 def test_what_a_store_does_not_hold_is_named_before_the_first_step(photos: Photos, tmp_path: Path) -> None:
