@@ -59,7 +59,8 @@ def attention_map(features_BCHW: Tensor) -> Tensor:
 def fsp_matrix(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
     """F_first F_second^T / HW: [B, C of first, C of second], at the smaller of the two sizes.
 
-    What a store keeps as `fsp:FIRST:SECOND`. Source: Yim et al., CVPR 2017, equation 1.
+    The larger one is averaged over its cells, as the public implementation does that golden vectors hold it to, and not
+    max-pooled. What a store keeps as `fsp:FIRST:SECOND`. Source: Yim et al., CVPR 2017, equation 1.
     """
     first, second = (x.flatten(2) for x in same_size(_wide(first_BCHW), _wide(second_BCHW)))
     return first @ second.transpose(1, 2) / first.shape[2]

@@ -170,10 +170,11 @@ def all_absolute(location: Location) -> Location:
 
 
 def with_places(method: dict[str, Any]) -> dict[str, Any]:
-    """A method whose files (srrl's classifier) have absolute places, in the terms of a sum too."""
+    """A method whose files (of the teacher's weights) have absolute places, in the terms of a sum too."""
     found = dict(method)
-    if isinstance(found.get("classifier"), str):
-        found["classifier"] = absolute(found["classifier"])
+    for key in ("classifier", "teacher_weights"):
+        if isinstance(found.get(key), str):
+            found[key] = absolute(found[key])
     if isinstance(found.get("terms"), list):
         found["terms"] = [with_places(term) if isinstance(term, dict) else term for term in found["terms"]]
     return found

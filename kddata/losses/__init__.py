@@ -24,7 +24,7 @@ from kddata.losses.needs import Needs, Seen
 from kddata.losses.nkd import nkd_loss
 from kddata.losses.nst import nst_loss
 from kddata.losses.ofa import ofa_loss
-from kddata.losses.ofd import ofd_loss, ofd_margin
+from kddata.losses.ofd import batchnorm_margin, ofd_loss, ofd_margin
 from kddata.losses.pkt import pkt_loss
 from kddata.losses.reviewkd import Fusion, ReviewFusion, reviewkd_loss
 from kddata.losses.rkd import rkd_angle_loss, rkd_distance_loss, rkd_loss
@@ -54,6 +54,7 @@ __all__ = [
     "at_loss",
     "attention_map",
     "batch_correlation_loss",
+    "batchnorm_margin",
     "boundary_samples",
     "bss_loss",
     "cc_loss",

@@ -40,6 +40,8 @@ _VALUES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("DenseTail | None",), "uniform, renorm or null", lambda x: x in (None, "uniform", "renorm")),
     (("Sequence[float]",), "a list of numbers above 0", lambda x: _is_list(x, lambda t: _is_number(t) and t > 0)),
     (("Nodes",), "a list of layers", lambda x: _is_list(x, _is_node)),
+    (("Nodes | None",), "a list of layers or null", lambda x: x is None or _is_list(x, _is_node)),
+    (("str | None",), "a text or null", lambda x: x is None or (isinstance(x, str) and x != "")),
     (("Pairs",), "a list of two layers each", lambda x: _is_list(x, lambda p: len(p) == 2 and _is_list(p, _is_node))),
 )
 

@@ -71,7 +71,8 @@ def make(name: str, **args: Any) -> Method:
     On features and relations, with `weight` and `hard_weight` too, and no soft labels:
 
         at, nst, ft                teacher_nodes, student_nodes: lists of layers, compared one by one; at: eps=0
-        fitnets, vid, ofd, ab      the same, with learned parts; ab: margin=1
+        fitnets, vid, ofd, ab      the same, with learned parts; ab: margin=1; ofd: teacher_weights=None,
+                                   batchnorms=None (the teacher_nodes): margins from the teacher's BatchNorms
         reviewkd                   the same, from shallow to deep; max_middle=512
         fsp                        teacher_pairs, student_pairs: lists of two layers each
         sp, rkd, pkt, cc           teacher_output="embedding", student_output="embedding", or features:NODE;

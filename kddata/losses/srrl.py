@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kddata.errors import ConfigError
 from kddata.losses.maps import pair, same_shape
+from kddata.losses.weights import read_weights
 
 
 def feature_mean_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -64,23 +64,6 @@ class TeacherClassifier(nn.Module):
     @classmethod
     def load(cls, url: str, layer: str) -> TeacherClassifier:
         """That of a teacher's weights. Raises ConfigError where the file, or the layer in it, is not there."""
-        import fsspec
-        from safetensors.torch import load
-
-        try:
-            with fsspec.open(url, "rb") as file:
-                weights = load(file.read())
-        except FileNotFoundError as error:
-            raise ConfigError(
-                "method.classifier names the teacher's weights", actual="no such file", where=url
-            ) from error
         names = [f"{layer}.weight", f"{layer}.bias"]
-        if not all(name in weights for name in names):
-            linear = [name.removesuffix(".weight") for name, x in weights.items() if x.ndim == 2]
-            raise ConfigError(
-                f"the teacher's weights hold {' and '.join(names)}",
-                actual=f"linear layers {', '.join(linear) or 'none'}",
-                where=url,
-                fix="set method.classifier_layer to the teacher's last layer",
-            )
-        return cls(*(weights[name] for name in names))
+        fix = "set method.classifier_layer to the teacher's last layer"
+        return cls(*read_weights(url, "classifier", names, ndim=2, kind="linear", fix=fix))

@@ -26,13 +26,14 @@ from kddata.losses.ft import ft_loss
 from kddata.losses.maps import flat, same_size
 from kddata.losses.needs import Needs, Seen
 from kddata.losses.nst import nst_loss
-from kddata.losses.ofd import ofd_loss, ofd_margin
+from kddata.losses.ofd import batchnorm_margin, ofd_loss, ofd_margin
 from kddata.losses.pkt import pkt_loss
 from kddata.losses.reviewkd import ReviewFusion, reviewkd_loss
 from kddata.losses.rkd import rkd_loss
 from kddata.losses.sp import sp_loss
 from kddata.losses.srrl import Connector, TeacherClassifier, srrl_loss
 from kddata.losses.vid import VariationalRegressor
+from kddata.losses.weights import read_weights
 
 Nodes = Sequence[str]
 Pairs = Sequence[Sequence[str]]
@@ -127,15 +128,49 @@ def _vid(seen: Seen, *, teacher_nodes: Nodes, student_nodes: Nodes) -> Tensor:
     return _sum(regressor(s, t) for regressor, s, t in stages)
 
 
-def _ofd(seen: Seen, *, teacher_nodes: Nodes, student_nodes: Nodes) -> Tensor:
+def _ofd(
+    seen: Seen,
+    *,
+    teacher_nodes: Nodes,
+    student_nodes: Nodes,
+    teacher_weights: str | None = None,
+    batchnorms: Nodes | None = None,
+) -> Tensor:
     """Earlier stages count half as much as the next."""
     student, teacher = _maps(seen, teacher_nodes, student_nodes)
     total = []
     for i, (connect, s, t) in enumerate(zip(_list(seen), student, teacher, strict=True)):
-        margin = ofd_margin(t)
+        margin = ofd_margin(t) if teacher_weights is None else connect.get_buffer("margin_1C11")
         s, t = same_size(connect(s), t)
         total.append(ofd_loss(s, t, margin) / 2 ** (len(student) - 1 - i))
     return _sum(total)
+
+
+def _ofd_parts(args: Arguments, student: Shapes, teacher: Shapes) -> nn.Module:
+    """Connectors, which hold the margins where these come from the teacher's BatchNorms."""
+    parts = _for_each(_before_relu)(args, student, teacher)
+    assert isinstance(parts, nn.ModuleList)
+    url, layers = args["teacher_weights"], args["batchnorms"] or args["teacher_nodes"]
+    if url is None and args["batchnorms"] is None:
+        return parts
+    if url is None or len(layers) != len(parts):
+        raise ConfigError(
+            f"ofd's margins are of {len(parts)} BatchNorms in the teacher's weights, one for each of its nodes",
+            actual=f"method.teacher_weights {url}, method.batchnorms {list(layers)}",
+        )
+    fix = "set method.batchnorms to the BatchNorm before each node's ReLU, or leave method.teacher_weights out"
+    for part, layer, node in zip(parts, layers, _stored("features")(args), strict=True):
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        found = read_weights(url, "teacher_weights", names, ndim=1, kind="BatchNorm", fix=fix)
+        (channels,) = _channels(teacher, (node,))
+        if found[0].shape != (channels,):
+            raise ConfigError(
+                f"a BatchNorm has the {channels} channels of {node}",
+                actual=list(found[0].shape),
+                where=f"{url}, {layer}",
+            )
+        part.register_buffer("margin_1C11", batchnorm_margin(*found).float())
+    return parts
 
 
 def _ab(seen: Seen, *, teacher_nodes: Nodes, student_nodes: Nodes, margin: float = 1.0) -> Tensor:
@@ -303,7 +338,7 @@ TERMS: dict[str, Term] = {
     "srrl": Term(_srrl, lambda args: ("embedding",), _captured, _srrl_parts, classifiers=_classifier),
     "crd": Term(_crd, _TEACHER, _STUDENT, _bank, image_ids=True),
     "reviewkd": Term(_reviewkd, _FEATURES, _captured, _fusion),
-    "ofd": Term(_ofd, _FEATURES, _captured, _for_each(_before_relu)),
+    "ofd": Term(_ofd, _FEATURES, _captured, _ofd_parts),
     "ft": Term(_ft, _FEATURES, _captured),
     "bss": Term(_bss, _boundary_logits, _boundary_logits, boundary=True),
     "ab": Term(_ab, _FEATURES, _captured, _for_each(_before_relu)),

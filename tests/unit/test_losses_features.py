@@ -121,6 +121,27 @@ def test_rkd_distances_of_far_embeddings_survive_float32() -> None:
     torch.testing.assert_close(far.double(), near, rtol=1e-3, atol=0.0)
 
 
+def test_fsp_averages_the_larger_map() -> None:
+    small, large = normal(0, 2, 3, 4, 4), normal(1, 2, 5, 8, 8)
+    wanted = losses.fsp_matrix(small, torch.nn.functional.avg_pool2d(large, 2))
+    torch.testing.assert_close(losses.fsp_matrix(small, large), wanted)
+    torch.testing.assert_close(losses.fsp_matrix(large, small), wanted.transpose(1, 2))
+
+
+def test_a_batchnorm_tells_the_margin_that_normal_data_have() -> None:
+    bn = torch.nn.BatchNorm2d(4).double()
+    with torch.no_grad():
+        bn.weight.copy_(torch.tensor([1.0, 0.5, -2.0, 0.25]))
+        bn.bias.copy_(torch.tensor([0.0, 0.5, 1.0, -0.25]))
+    measured = losses.ofd_margin(bn(normal(0, 64, 4, 32, 32)))
+    margin = losses.batchnorm_margin(bn.weight, bn.bias)
+    # the mean of 10,000 negative values or more of a standard deviation below 2
+    torch.testing.assert_close(margin, measured, rtol=0, atol=5 * 2 / 100)
+    assert margin[0, 0].item() == pytest.approx(-((2 / torch.pi) ** 0.5))
+    seldom = losses.batchnorm_margin(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([3.0, 3.2, 1.0, -1.0]))
+    assert seldom.flatten().tolist() == [pytest.approx(-0.2835, abs=1e-3), -3.0, 0.0, -1.0]
+
+
 def test_ofd_margin_is_the_mean_of_negative_responses() -> None:
     t = normal(0, 4, 3, 5, 5)
     t[:, 1] = t[:, 1].abs()

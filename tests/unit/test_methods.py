@@ -225,6 +225,34 @@ def test_shapes_that_cannot_be_compared_are_refused_with_the_parts(tmp_path: Any
         losses.make("srrl", **srrl, classifier_layer="head").parts(STUDENT, TEACHER)
 
 
+def test_ofd_takes_its_margins_from_the_teachers_batchnorms(tmp_path: Any) -> None:
+    weights = {"t1.weight": torch.ones(10), "t1.bias": torch.zeros(10), "bn.weight": torch.full((16,), 2.0)}
+    save_file({**weights, "bn.bias": torch.ones(16)}, tmp_path / "t.safetensors")
+    ofd = {"name": "ofd", **NODES, "teacher_weights": str(tmp_path / "t.safetensors")}
+    method = losses.make(**ofd, batchnorms=["t1", "bn"])
+    parts, student = method.parts(STUDENT, TEACHER), tensors(STUDENT, 0)
+    margins = [
+        losses.batchnorm_margin(torch.full((c,), w), torch.full((c,), b)) for c, w, b in ((10, 1, 0), (16, 2, 1))
+    ]
+    for part, margin in zip(parts.children(), margins, strict=True):
+        torch.testing.assert_close(part.get_buffer("margin_1C11"), margin.float())
+    found = step(method, parts, student)
+    measured = losses.make("ofd", **NODES)
+    assert found != step(measured, parts, student)
+    for part in parts.children():
+        part.get_buffer("margin_1C11").zero_()
+    assert step(method, parts, student) < found  # less of what is held back is asked for
+    for wrong, message in (
+        ({}, "hold t2.weight and t2.bias; got BatchNorm layers bn, t1"),
+        ({"batchnorms": ["t1"]}, "of 2 BatchNorms"),
+        ({"batchnorms": ["bn", "t1"]}, "10 channels of features:t1"),
+        ({"teacher_weights": None, "batchnorms": ["bn", "t1"]}, "method.teacher_weights None"),
+        ({"teacher_weights": str(tmp_path / "none")}, "method.teacher_weights names the teacher's weights"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            losses.make(**{**ofd, **wrong}).parts(STUDENT, TEACHER)
+
+
 # docs/methods.md says of every method what the code says
 TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
