@@ -106,6 +106,7 @@ class StoreSpec:
         batch_size: of the teacher's forward pass; it changes last bits, as do the next two.
         threads: of torch in each labelling process.
         memory_format: of the teacher's input.
+        compile: whether the teacher was compiled (torch.compile), which changes last bits too.
         format_version: of the store's files.
     """
 
@@ -122,6 +123,7 @@ class StoreSpec:
     batch_size: int = 16
     threads: int = 1
     memory_format: MemoryFormat = "channels_last"
+    compile: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -141,6 +143,12 @@ class StoreSpec:
         if len(set(names)) < len(names):
             raise ConfigError("labels.outputs names each output once", actual=names)
         object.__setattr__(self, "temperatures", declare(self.temperatures))
+        if self.compile and self.outputs:
+            raise ConfigError(
+                "a compiled teacher answers with logits alone",
+                actual=f"labels.outputs {', '.join(names)}",
+                fix="set teacher.compile=false",
+            )
         if self.keep not in ("top", "sampled"):
             raise ConfigError("labels.keep is top or sampled", actual=repr(self.keep))
         if self.keep == "sampled" and self.temperatures != (1.0,):
@@ -164,6 +172,8 @@ class StoreSpec:
             del value["outputs"]
         if self.keep == "top":
             del value["keep"]
+        if not self.compile:
+            del value["compile"]
         return value
 
     def labels_of(self, logits_BC: Tensor, image_ids: Sequence[str], views: Sequence[int]) -> SoftLabels:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kddata import builders, rng
 from kddata.boundary import boundary_samples, to_pixels
 from kddata.cards import Dtype, MemoryFormat, TeacherCard
-from kddata.errors import TeacherError
+from kddata.errors import ConfigError, TeacherError
 from kddata.features import Capture
 
 _NAMED_MISFITS = 5
@@ -89,6 +89,7 @@ class Teacher:
         batch_size: int = 16,
         threads: int = 1,
         memory_format: MemoryFormat = "channels_last",
+        compile: bool = False,
         outputs: Sequence[str] = (),
     ) -> None:
         self.card = card
@@ -99,6 +100,8 @@ class Teacher:
         network = network.eval().requires_grad_(False).to(self._device, self._dtype)
         self._network = network.to(memory_format=self._layout)
         self._capture = Capture(self._network, outputs)
+        if compile:  # one shape alone is ever asked: chunks are padded to the batch size
+            self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
         self._take_statistics()
 
     def _take_statistics(self) -> None:
@@ -196,16 +199,24 @@ def load_teacher(
     batch_size: int = 16,
     threads: int = 1,
     memory_format: MemoryFormat = "channels_last",
+    compile: bool = False,
     outputs: Sequence[str] = (),
 ) -> Teacher:
     """A teacher, ready to answer: built, loaded, fingerprinted, and asked once about a black view.
 
     Args:
+        compile: by torch.compile, which takes its time in the first answer; then there are no outputs.
         outputs: names of the tensors inside it that `answer` gives too; see `kddata.features`.
 
     Raises TeacherError for an unknown architecture, weights that are missing or do not fit, a class list of another
-    length than num_classes, or an answer of another width.
+    length than num_classes, or an answer of another width; and where it cannot be compiled here.
     """
+    if compile and outputs:
+        raise ConfigError(
+            "a compiled teacher answers with logits alone",
+            actual=f"outputs {', '.join(outputs)}",
+            fix="set teacher.compile=false",
+        )
     if args.class_names is not None and len(args.class_names) != args.num_classes:
         raise TeacherError(
             "a class list has one name for each class of its teacher",
@@ -234,10 +245,18 @@ def load_teacher(
         batch_size=batch_size,
         threads=threads,
         memory_format=memory_format,
+        compile=compile,
         outputs=outputs,
     )
     try:
         teacher(torch.zeros(1, 3, args.size_px, args.size_px, dtype=torch.uint8))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise TeacherError(
+            "a compiled teacher has a compiler: C++ on the CPU, Triton on a GPU",
+            actual=" ".join(str(error).split())[:200],
+            where=args.arch,
+            fix="install one, or set teacher.compile=false",
+        ) from error
     except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for an input of another size
         raise TeacherError(
             f"a teacher takes views of {args.size_px} px (teacher.size_px)",

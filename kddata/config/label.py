@@ -35,6 +35,7 @@ class Teacher(Section):
     """`teacher:` who is asked. class_names: a text file, one name a line, by which the class list is known later.
 
     dtype: in which it runs; bfloat16 for speed on GPUs.
+    compile: by torch.compile, for speed on GPUs; each process compiles anew, for a minute or so.
     labels_sha256: of the labels that it was trained on, where known: as card.json of a training run says.
     """
 
@@ -49,6 +50,7 @@ class Teacher(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Count = 16
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
+    compile: bool = False
 
 
 class Views(Section):
@@ -186,6 +188,7 @@ def label_job(file: LabelFile) -> LabellingJob:
         batch_size=teacher.batch_size,
         threads=file.cluster.threads_per_teacher,
         memory_format=teacher.memory_format,
+        compile=teacher.compile,
     )
     require_served(job, [method if isinstance(method, str) else with_places(method) for method in file.for_methods])
     return job

@@ -47,7 +47,7 @@ class LabellingJob:
         unit_images, unit_views: most images, and views, of a unit.
         bad_images: share of all images that may be bad; past it the job fails.
         max_pixels: most pixels of an image, also where a view brings the whole image to another size.
-        batch_size, threads, memory_format: of the teacher's forward pass.
+        batch_size, threads, memory_format, compile: of the teacher's forward pass.
         device: of the teacher. It is not part of the store's spec.
     """
 
@@ -70,6 +70,7 @@ class LabellingJob:
     batch_size: int = 16
     threads: int = 1
     memory_format: MemoryFormat = "channels_last"
+    compile: bool = False
     device: str = "cpu"
 
 
@@ -135,6 +136,7 @@ def load_job_teacher(job: LabellingJob) -> Teacher:
         batch_size=job.batch_size,
         threads=job.threads,
         memory_format=job.memory_format,
+        compile=job.compile,
         outputs=job.outputs,
     )
 
@@ -150,7 +152,7 @@ def prepare(job: LabellingJob, *, teacher: Teacher | None = None, extend: bool =
     Raises SourceError for no images or an id that occurs twice, StoreMismatchError for a store that was begun with
     other values, ConfigError for values that no store can have, TeacherError for a teacher that cannot be loaded.
     """
-    spec = job_spec(job, teacher or load_job_teacher(dataclasses.replace(job, device="cpu")))
+    spec = job_spec(job, teacher or load_job_teacher(dataclasses.replace(job, device="cpu", compile=False)))
     source = open_source(job.images)
     names = source.shard_names()  # before a store is begun: a slip in the images' path should not claim its name
     views: dict[str, Any] = {"views_per_image": job.views_per_image, "first_view": job.first_view}
@@ -187,6 +189,7 @@ def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
         batch_size=job.batch_size,
         threads=job.threads,
         memory_format=job.memory_format,
+        compile=job.compile,
     )
 
 

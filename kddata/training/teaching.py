@@ -27,6 +27,7 @@ def teacher_in_the_loop(args: TeacherArgs, store: LabelStore, method: Method, de
         batch_size=spec.batch_size,
         threads=spec.threads,
         memory_format=spec.memory_format,
+        compile=spec.compile,
         outputs=method.needs.outputs,
     )
     found = differences(dataclasses.asdict(spec.teacher), dataclasses.asdict(teacher.card))

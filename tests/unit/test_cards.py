@@ -50,6 +50,7 @@ OTHER = {
     "batch_size": 8,
     "threads": 2,
     "memory_format": "contiguous",
+    "compile": True,
     "format_version": 2,
 }
 

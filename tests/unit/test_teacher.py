@@ -296,3 +296,37 @@ def test_published_weights_that_run_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(TeacherError, match="published weights can be fetched"):
         build_network("torchvision:squeezenet1_1", num_classes=1000, weights=name)
+
+
+def test_a_compiled_teacher_answers_as_it_does_otherwise_up_to_rounding(monkeypatch):
+    # else ten programs are compiled, to ask what this CPU can do
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
+    args = TeacherArgs(arch=f"python:{__name__}:small_linear", num_classes=5, size_px=8)
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, compiled = load_teacher(args, batch_size=4), load_teacher(args, batch_size=4, compile=True)
+    assert compiled.card == plain.card
+    torch.testing.assert_close(compiled(pixels), plain(pixels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(pixels[4:]), compiled(pixels)[4:], rtol=0, atol=0)
+    assert "OptimizedModule" in type(compiled._network).__name__
+
+
+def small_linear(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+
+
+def test_a_teacher_that_cannot_be_compiled_is_refused(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    args = TeacherArgs(arch=f"python:{__name__}:small_tanh", num_classes=5, size_px=8)
+    with pytest.raises(TeacherError, match=r"has a compiler: C\+\+ on the CPU.*teacher.compile=false"):
+        load_teacher(args, compile=True)
+
+
+def small_tanh(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Tanh(), nn.Linear(192, num_classes), nn.Sigmoid())
+
+
+def test_a_compiled_teacher_has_no_outputs():
+    args = TeacherArgs(arch=f"python:{__name__}:small_linear", num_classes=5, size_px=8)
+    with pytest.raises(ConfigError, match=r"answers with logits alone; got outputs embedding"):
+        load_teacher(args, compile=True, outputs=["embedding"])
