@@ -9,6 +9,9 @@ position in its step, so that one rank, and one of its workers, has them all), i
 Visits are shuffled as fully inside a window as rows are. At the end of a window, in less than m steps, a visit takes
 neighbouring columns, and some of its views share a step.
 
+With `together` m > 1 it is the other way round: m views of an image stand side by side in one step, for losses that
+compare them, and such groups are shuffled as rows are otherwise.
+
 Trade-off: a window is not a full permutation. Two rows of one unit are at most a window apart (the unit may straddle
 two), and rows that were stored far apart share a window by chance alone. The whole epoch in one window is a full one:
 two neighbours in a unit come W / 3 rows apart in the mean, as in any permutation. Two views of one visit that follow
@@ -66,7 +69,8 @@ class Order:
         window_rows: at most so many rows are shuffled together.
         views_per_unit: views of each image of a unit, int64 [U]; its rows are image after image. None: 1 each.
         visit_views: at most so many views of an image share a visit.
-        batch_size: rows of a step, whose columns visits keep to; it matters only where visit_views is above 1.
+        batch_size: rows of a step, which matters where visit_views (visits keep to a column) or together is above 1.
+        together: so many views of an image share a step, side by side.
     """
 
     rows_per_unit: np.ndarray
@@ -75,6 +79,7 @@ class Order:
     views_per_unit: np.ndarray | None = None
     visit_views: int = 1
     batch_size: int = 1
+    together: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows_per_unit", np.asarray(self.rows_per_unit, dtype=np.int64))
@@ -85,6 +90,22 @@ class Order:
         if self.visit_views < 1:
             raise ConfigError("data.views_per_visit is at least 1", actual=self.visit_views)
         _check_batch_size(self.batch_size)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.together < 1 or (self.together > 1 and self.visit_views > 1):
+            raise ConfigError(
+                "data.views_together is at least 1, and 1 where data.views_per_visit is above 1",
+                actual=f"{self.together} and {self.visit_views}",
+            )
+        views = np.ones(1, dtype=np.int64) if self.views_per_unit is None else self.views_per_unit
+        for name, values in (("the views of an image in a unit", views), ("data.batch_size", [self.batch_size])):
+            if any(value % self.together for value in np.unique(values).tolist()):
+                raise ConfigError(
+                    f"data.views_together divides {name}",
+                    actual=f"{self.together} and {sorted(set(map(int, values)))}",
+                    fix="use another number, or label with views.per_image, and units.views, that it divides",
+                )
 
     @property
     def num_rows(self) -> int:
@@ -93,15 +114,17 @@ class Order:
 
     @property
     def num_windows(self) -> int:
-        """Windows of an epoch; they differ in length by one row at most."""
+        """Windows of an epoch; they differ in length by one row, or group of rows, at most."""
         return -(-self.num_rows // self.window_rows)
 
     def window_at(self, epoch: int, position: int) -> Window:
         """The window that holds a position of an epoch. Cost: O(U log U + W), wherever it lies."""
         if not 0 <= position < self.num_rows:
             raise ValueError(f"position {position} is outside an epoch of {self.num_rows} rows")
-        index = ((position + 1) * self.num_windows - 1) // self.num_rows
-        start, stop = (self.num_rows * i // self.num_windows for i in (index, index + 1))
+        m = self.together
+        groups = self.num_rows // m
+        index = ((position // m + 1) * self.num_windows - 1) // groups
+        start, stop = (groups * i // self.num_windows * m for i in (index, index + 1))
         assert start <= position < stop
         units = _permutation(len(self.rows_per_unit), self.seed, "units", epoch)
         ends = np.cumsum(self.rows_per_unit[units])
@@ -113,7 +136,8 @@ class Order:
             if begin < end:
                 pieces.append((unit, max(start, begin) - begin, min(stop, end) - begin))
         if self.visit_views == 1:
-            permutation_W = _permutation(stop - start, self.seed, "rows", epoch, index)
+            group_G = _permutation((stop - start) // m, self.seed, "rows", epoch, index)
+            permutation_W = (m * group_G[:, None] + np.arange(m)).reshape(-1)
             return Window(start=start, pieces=tuple(pieces), permutation_W=permutation_W)
         row_visit_W = self._visits(pieces)
         random = rng.stream(self.seed, "order", "visits", epoch, index).random

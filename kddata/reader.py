@@ -27,7 +27,13 @@ _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 
 
 def order_of(
-    store: LabelStore, seed: int, choice: Choice | None = None, *, views_per_visit: int = 1, batch_size: int = 1
+    store: LabelStore,
+    seed: int,
+    choice: Choice | None = None,
+    *,
+    views_per_visit: int = 1,
+    views_together: int = 1,
+    batch_size: int = 1,
 ) -> Order:
     """The order of a store's rows, or of the chosen ones, for a seed. Its windows never depend on the machine."""
     label_bytes = 8 * store.spec.k + 4 * len(store.spec.temperatures)  # int32 ids, float32 log-probabilities
@@ -39,6 +45,7 @@ def order_of(
         window_rows=rows,
         views_per_unit=np.array([unit.num_views for unit in store.units()], dtype=np.int64),
         visit_views=views_per_visit,
+        together=views_together,
         batch_size=batch_size,
     )
 

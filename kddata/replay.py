@@ -127,10 +127,18 @@ class Replay(Dataset[Batch]):
         noise: LabelNoise | None = None,
         imbalance: ClassImbalance | None = None,
         views_per_visit: int = 1,
+        views_together: int = 1,
     ) -> None:
         store.spec.require_outputs(outputs, where=store.url)
         choice = choice_of(store, subset, imbalance)
-        rows = order_of(store, seed, choice, views_per_visit=views_per_visit, batch_size=batch_size)
+        rows = order_of(
+            store,
+            seed,
+            choice,
+            views_per_visit=views_per_visit,
+            views_together=views_together,
+            batch_size=batch_size,
+        )
         self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others, choice=choice)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
@@ -252,6 +260,7 @@ def loader(
     noise: LabelNoise | None = None,
     imbalance: ClassImbalance | None = None,
     views_per_visit: int = 1,
+    views_together: int = 1,
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -268,6 +277,7 @@ def loader(
         noise: makes the ground truth noisy; imbalance: makes classes of the subset rare. See `kddata.corruption`.
         views_per_visit: at most so many views of an image are cut from one decode; they come in different steps, save
             at the end of a window. See `kddata.order`. 1 is as thorough a shuffle as there is, and the slowest.
+        views_together: so many views of an image stand side by side in a step.
 
     Raises StoreMismatchError for others that hold other views or images, ConfigError for outputs that are not there.
     """
@@ -286,6 +296,7 @@ def loader(
         noise=noise,
         imbalance=imbalance,
         views_per_visit=views_per_visit,
+        views_together=views_together,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)

@@ -60,7 +60,7 @@ class Data(Section):
     """`data:` rows of a step over all workers, side of the student's input, seed of order and weights.
 
     subset: a share of the images, or a list of classes or of image ids. noise, imbalance: of the ground truth.
-    views_per_visit: of an image, from one decode.
+    views_per_visit: of an image, from one decode. views_together: of an image, in one step, for methods such as mlkd.
     """
 
     batch_size: Count
@@ -70,6 +70,7 @@ class Data(Section):
     noise: Noise | None = None
     imbalance: Imbalance | None = None
     views_per_visit: Count = 1
+    views_together: Count = 1
 
 
 class Optimizer(Section):
@@ -193,6 +194,7 @@ def train_job(file: TrainFile) -> TrainingJob:
             noise=None if file.data.noise is None else LabelNoise(**file.data.noise.model_dump()),
             imbalance=None if file.data.imbalance is None else ClassImbalance(**file.data.imbalance.model_dump()),
             views_per_visit=file.data.views_per_visit,
+            views_together=file.data.views_together,
         ),
         optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
         images=None if file.images is None else all_absolute(file.images),

@@ -7,7 +7,7 @@ plain functions and can be used without this.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from kddata.errors import ConfigError
-from kddata.labels import SoftLabels
+from kddata.labels import DenseTail, SoftLabels
 from kddata.losses.aekt import ClassHead, aekt_loss
 from kddata.losses.arguments import check_value, unknown
 from kddata.losses.ctkd import LearnedTemperature, ctkd_loss
@@ -25,7 +25,7 @@ from kddata.losses.hard import Reduction, hard_loss
 from kddata.losses.kd import KDArgs, kd_loss
 from kddata.losses.lskd import lskd_loss
 from kddata.losses.method import HARD_ALONE, Method
-from kddata.losses.mlkd import mlkd_loss
+from kddata.losses.mlkd import MLKD_TEMPERATURES, mlkd_loss
 from kddata.losses.needs import Needs, Seen
 from kddata.losses.nkd import nkd_loss
 from kddata.losses.ofa import ofa_loss
@@ -216,6 +216,22 @@ def _of_features(
     return value_B if reduction == "none" else value_B.sum()
 
 
+def _mlkd(
+    student_logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor | None,
+    *,
+    seen: Seen,
+    temperatures: Sequence[float] = MLKD_TEMPERATURES,
+    tail: DenseTail | None = None,
+    **more: Any,
+) -> Tensor:
+    """Of the views of each image apart: its first one in the batch among the first ones, and so on."""
+    return mlkd_loss(
+        student_logits_BC, labels, targets_B, temperatures=temperatures, tail=tail, image_ids=seen.image_ids, **more
+    )
+
+
 def _ctkd(
     student_logits_BC: Tensor,
     labels: SoftLabels,
@@ -261,8 +277,11 @@ METHODS: dict[str, _Entry] = {
     "ttm": _Entry(ttm_loss, _dense),
     "ofa": _Entry(ofa_loss, partial(_dense, targets=True)),
     "mlkd": _Entry(
-        mlkd_loss,
-        lambda args: Needs(temperatures=tuple(args["temperatures"]), all_classes=args["tail"] is None, views=2),
+        _mlkd,
+        lambda args: Needs(
+            temperatures=tuple(args["temperatures"]), all_classes=args["tail"] is None, views=2, image_ids=True
+        ),
+        sees=True,
     ),
     "ctkd": _Entry(
         _ctkd,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kddata.labels import DenseTail, SoftLabels
 from kddata.losses.dense import batch, kl, reduce_rows, teacher_log_p
 from kddata.losses.hard import Reduction
+
+MLKD_TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def batch_correlation_loss(
@@ -46,24 +50,46 @@ def mlkd_loss(
     labels: SoftLabels,
     targets_B: Tensor | None = None,
     *,
-    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    temperatures: Sequence[float] = MLKD_TEMPERATURES,
     tail: DenseTail | None = None,
+    image_ids: Sequence[str] | None = None,
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     weights_B: Tensor | None = None,
 ) -> Tensor:
     """Sum over temperatures of T^2 KL + batch_correlation_loss + class_correlation_loss. Targets are not used.
 
-    The published method sums this over a weak and a strong view of each image; here a view is a row, so that two views
-    of an image in one batch are two rows (which also makes them neighbours in the batch-level term). Its released code
-    halves some of these terms by masks of confident rows; those are left out. The correlations are properties of the
-    batch: every row carries the whole of them. Needs all classes (k = C), or a named tail. Source: the same.
+    The published method sums this over a weak and a strong view of each image. With `image_ids`, the rows are taken
+    apart: the first row of each image is one set, the second another, and so on, each with correlations of its own,
+    which each of its rows carries whole. The mean over rows of a batch of pairs is then half of the published sum.
+    Without, all rows are one set. The released code halves some of these terms by masks of confident rows; those are
+    left out. Needs all classes (k = C), or a named tail. Source: the same.
     """
     dense = batch(student_logits_BC, labels)
     loss_B = dense.logits_BC.new_zeros(len(labels))
     for t in temperatures:
         log_p = teacher_log_p(dense, temperature=t, tail=tail)
         loss_B = loss_B + t**2 * kl(log_p, (dense.logits_BC / t).log_softmax(1))
-        for correlation in (batch_correlation_loss, class_correlation_loss):
-            loss_B = loss_B + correlation(student_logits_BC, labels, temperature=t, tail=tail)
+        for rows in _sets(len(labels), image_ids):
+            here, said = student_logits_BC[rows], labels.rows(rows)
+            shared = torch.stack(
+                [
+                    correlation(here, said, temperature=t, tail=tail)
+                    for correlation in (batch_correlation_loss, class_correlation_loss)
+                ]
+            ).sum()
+            loss_B = loss_B.index_add(0, rows.to(loss_B.device), shared.expand(len(rows)))
     return reduce_rows(dense, loss_B, reduction=reduction, weights_B=weights_B, known_only=False)
+
+
+def _sets(num_rows: int, image_ids: Sequence[str] | None) -> list[Tensor]:
+    """The rows, int64, of each set: all of them, or those that are their image's first, second, ..."""
+    if image_ids is None or num_rows == 0:
+        return [torch.arange(num_rows)]
+    counts: Counter[str] = Counter()
+    turn_of = []
+    for image_id in image_ids:
+        turn_of.append(counts[image_id])
+        counts[image_id] += 1
+    turns = torch.tensor(turn_of)
+    return [(turns == turn).nonzero()[:, 0] for turn in range(max(turn_of) + 1)]

@@ -28,8 +28,9 @@ class Needs:
         parts: whether it has learned parts, built by `Method.parts`, trained and saved with the student.
         head: whether the student's answers are those of its parts, at inference too; see `Method.answer`.
         image_ids: whether it must know which image each row is.
+        one_worker: whether one process must see every row.
         boundary: whether the student also answers the stored boundary samples, as its tensor `boundary_logits`.
-        views: the least number of views of each image.
+        views: so many views of each image are in a step, where it has one.
         classifiers: (safetensors file, layer) of each teacher's classifier that it reads.
     """
 
@@ -43,6 +44,7 @@ class Needs:
     parts: bool = False
     head: bool = False
     image_ids: bool = False
+    one_worker: bool = False
     boundary: bool = False
     views: int = 1
     classifiers: tuple[tuple[str, str], ...] = ()
@@ -50,7 +52,12 @@ class Needs:
     @property
     def sees(self) -> bool:
         """Whether it is called with more than logits, labels and targets."""
-        return bool(self.outputs or self.student or self.parts or self.image_ids)
+        return self.of_features or self.image_ids
+
+    @property
+    def of_features(self) -> bool:
+        """Whether it is called with tensors or parts."""
+        return bool(self.outputs or self.student or self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

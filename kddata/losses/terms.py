@@ -65,6 +65,7 @@ class Term(NamedTuple):
             student=student,
             parts=parts,
             image_ids=self.image_ids,
+            one_worker=self.image_ids,  # a bank of all images
             boundary=self.boundary,
             classifiers=self.classifiers(args),
         )

@@ -19,7 +19,7 @@ from kddata.corruption import labels_sha256
 from kddata.errors import ConfigError, ResourceError, StoreMismatchError
 from kddata.images import open_source
 from kddata.losses import Method
-from kddata.reader import open_images
+from kddata.reader import open_images, order_of
 from kddata.replay import choice_of
 from kddata.store import LabelStore, choose, require_members
 from kddata.training.job import TrainingJob
@@ -58,7 +58,13 @@ def check_job(
             where=store.url,
             fix=f"set data.size_px={spec.teacher.size_px}, or use another method",
         )
-    if method.needs.image_ids and world_size > 1:
+    if method.needs.views > job.data.views_together:
+        raise ConfigError(
+            f"method {method.name} compares {method.needs.views} views of each image of a step",
+            actual=f"data.views_together {job.data.views_together}",
+            fix=f"set data.views_together={method.needs.views}",
+        )
+    if method.needs.one_worker and world_size > 1:
         raise ConfigError(
             f"method {method.name} has one bank of all images, and trains in one worker",
             actual=f"{world_size} workers",
@@ -77,6 +83,7 @@ def check_job(
             actual=f"{world_size} workers and a step of {fewest} rows",
             fix="use fewer workers or a larger data.batch_size",
         )
+    order_of(store, 0, views_together=job.data.views_together, batch_size=job.data.batch_size)
     open_images(store, job.images)
     if job.evaluate is not None:
         open_source(job.evaluate.images).shard_names()
@@ -85,7 +92,7 @@ def check_job(
 def _check_ensemble(job: TrainingJob, stores: Sequence[LabelStore], method: Method) -> None:
     if len(stores) == 1:
         return
-    if job.teacher is not None or method.needs.sees:
+    if job.teacher is not None or method.needs.of_features:
         raise ConfigError(
             "several stores serve methods on logits, without a teacher in the loop",
             actual="a teacher in the loop" if job.teacher is not None else f"method {method.name}",
@@ -118,8 +125,9 @@ def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] =
     fields = dataclasses.asdict(job)
     for name in ("store", "weight", "others", "combine", "run", "images", "checkpoint_steps"):
         del fields[name]
-    if job.data.views_per_visit == 1:
-        del fields["data"]["views_per_visit"]  # as before there was a choice
+    for name in ("views_per_visit", "views_together"):
+        if fields["data"][name] == 1:
+            del fields["data"][name]  # as before there was a choice
     if job.first_stage is None:
         del fields["first_stage"]
     if others or job.weight != 1:

@@ -52,6 +52,7 @@ class DataArgs:
         subset: which images; see `store.choose`. None for all.
         noise, imbalance: of the ground truth; see `kddata.corruption`. The store keeps the true one.
         views_per_visit: at most so many views of an image are cut from one decode; see `kddata.order`.
+        views_together: so many views of an image stand side by side in a step.
     """
 
     batch_size: int
@@ -61,10 +62,13 @@ class DataArgs:
     noise: LabelNoise | None = None
     imbalance: ClassImbalance | None = None
     views_per_visit: int = 1
+    views_together: int = 1
 
     def __post_init__(self) -> None:
         if self.views_per_visit < 1:
             raise ConfigError("data.views_per_visit is at least 1", actual=self.views_per_visit)
+        if self.views_together < 1:
+            raise ConfigError("data.views_together is at least 1", actual=self.views_together)
 
 
 @dataclass(frozen=True, kw_only=True)

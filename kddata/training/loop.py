@@ -112,6 +112,7 @@ def train(
         noise=job.data.noise,
         imbalance=job.data.imbalance,
         views_per_visit=job.data.views_per_visit,
+        views_together=job.data.views_together,
     )
     exam = None
     if job.evaluate is not None and rank == 0:

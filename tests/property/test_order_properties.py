@@ -30,6 +30,42 @@ orders = st.builds(
     st.integers(1, 40),
 )
 epochs = st.integers(0, 1000)
+groups = st.integers(1, 4)
+
+
+def order_of_groups(images: list[int], views: int, seed: int, window_rows: int, steps: int, together: int) -> Order:
+    return Order(
+        rows_per_unit=views * together * np.array(images),
+        views_per_unit=np.full(len(images), views * together),
+        seed=seed,
+        window_rows=window_rows,
+        batch_size=steps * together,
+        together=together,
+    )
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any),
+    st.integers(1, 3),
+    st.integers(0, 2**63),
+    st.integers(1, 200),
+    st.integers(1, 20),
+    groups,
+    epochs,
+)
+def test_views_together_share_a_step_and_every_row_comes_once(images, views, seed, window_rows, steps, together, epoch):
+    order = order_of_groups(images, views, seed, window_rows, steps, together)
+    rows = order.rows(epoch)
+    assert sorted(map(tuple, rows.tolist())) == all_rows(order)
+    for group in rows.reshape(-1, together, 2).tolist():
+        (unit, first), *rest = group
+        assert rest == [[unit, first + i] for i in range(1, together)]
+        assert first % together == 0
+    for step in range(num_steps(order.num_rows, order.batch_size)):
+        assert step_range(step, order.num_rows, order.batch_size)[0] % together == 0
+    if together == 1:
+        alone = Order(rows_per_unit=order.rows_per_unit, seed=seed, window_rows=window_rows)
+        assert np.array_equal(rows, alone.rows(epoch))
 
 
 def all_rows(order: Order) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kddata.errors import ConfigError, LabelError
 from kddata.labels import SoftLabels
-from kddata.losses import RowStats, hard_loss, kd_linear_loss, kd_loss, make, rows
+from kddata.losses import RowStats, hard_loss, kd_linear_loss, kd_loss, make, mlkd_loss, rows
 
 TAILS = rows.TAILS
 
@@ -331,6 +331,20 @@ def test_methods_by_name() -> None:
 def test_unknown_methods_and_arguments(name: str, args: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(name, **args)
+
+
+def test_mlkd_takes_the_views_of_an_image_apart() -> None:
+    """Pairs in any order: half of what the first views and the second views have by themselves."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 5), SoftLabels.from_logits(torch.randn(6, 5), k=5)
+    ids = ["a", "b", "a", "c", "c", "b"]
+    first, second = torch.tensor([0, 1, 3]), torch.tensor([2, 5, 4])
+    alone = [mlkd_loss(x[index], labels.rows(index)) for index in (first, second)]
+    paired = mlkd_loss(x, labels, image_ids=ids)
+    torch.testing.assert_close(paired, (alone[0] + alone[1]) / 2)
+    assert not torch.isclose(paired, mlkd_loss(x, labels))
+    torch.testing.assert_close(mlkd_loss(x, labels, image_ids=list("abcdef")), mlkd_loss(x, labels))
+    torch.testing.assert_close(make("mlkd", hard_weight=0)(x, labels, image_ids=ids), paired)
 
 
 def test_methods_check_a_store_before_training() -> None:

@@ -308,6 +308,26 @@ def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) 
         assert falls(live.loss_S)
 
 
+def test_mlkd_trains_on_pairs_of_views(photos: Photos, tmp_path: Path) -> None:
+    job = LabellingJob(
+        images=photos.store.location,
+        store=str(tmp_path / "pairs"),
+        teacher=photos.teacher,
+        plan=ViewPlan(area=(0.5, 1.0)),
+        views_per_image=2,
+        k=10,
+    )
+    store = label_store(job).store
+    training = dataclasses.replace(job_of(photos, tmp_path / "run", {"name": "mlkd"}), store=store.url)
+    with pytest.raises(ConfigError, match=r"mlkd compares 2 views of each image of a step.*data.views_together=2"):
+        train(training)
+    data = DataArgs(batch_size=ROWS, size_px=32, views_together=2)
+    training = dataclasses.replace(training, data=data, optimizer=OptimizerArgs(lr=0.02, epochs=1))
+    assert falls(train(training).loss_S)
+    with pytest.raises(ConfigError, match=r"method mlkd needs 2 views of each image; got 1 .*views.per_image=2"):
+        train(dataclasses.replace(training, store=photos.store.url))
+
+
 def test_boundary_samples_lie_nearer_to_where_the_teacher_changes_its_mind(photos: Photos) -> None:
     teacher, pixels_of = load_teacher(photos.teacher), normaliser(MEAN, STD, "cpu")
     network = build_network(photos.teacher.arch, num_classes=10, weights=photos.teacher.weights)

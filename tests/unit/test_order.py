@@ -82,6 +82,13 @@ def test_refusals():
         Order(rows_per_unit=np.array([1]), seed=0, window_rows=0)
     with pytest.raises(ConfigError, match=r"views_per_visit is at least 1; got 0"):
         Order(rows_per_unit=np.array([1]), seed=0, visit_views=0)
+    pairs = {"rows_per_unit": np.array([8]), "seed": 0, "views_per_unit": np.array([4]), "batch_size": 4}
+    with pytest.raises(ConfigError, match=r"views_together divides the views of an image in a unit; got 3 and \[4\]"):
+        Order(**pairs, together=3)
+    with pytest.raises(ConfigError, match=r"views_together divides data.batch_size; got 4 and \[6\]"):
+        Order(**{**pairs, "batch_size": 6}, together=4)
+    with pytest.raises(ConfigError, match=r"1 where data.views_per_visit is above 1; got 2 and 2"):
+        Order(**pairs, together=2, visit_views=2)
     with pytest.raises(ConfigError, match=r"batch_size is at least 1; got 0"):
         num_steps(10, 0)
     with pytest.raises(ValueError, match="outside an epoch"):

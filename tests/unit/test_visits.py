@@ -99,3 +99,12 @@ def test_a_subset_is_visited_the_same_way(store):
     part, alone = batches(store, subset=0.5), batches(store, 1, subset=0.5)
     assert by_view(part) == by_view(alone)
     assert 0 < len(by_view(part)) < 192
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_views_together_are_side_by_side_in_a_step_and_the_same_as_alone(store, num_workers):
+    pairs = batches(store, 1, views_together=2, num_workers=num_workers)
+    assert by_view(pairs) == by_view(batches(store, 1))
+    for batch in pairs:
+        assert batch.image_ids[::2] == batch.image_ids[1::2]
+        assert all(b == a + 1 for a, b in zip(batch.view_indices[::2], batch.view_indices[1::2], strict=True))
