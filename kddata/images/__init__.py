@@ -5,6 +5,7 @@
 
 from kddata.images.again import image_again
 from kddata.images.decode import decode, image_hash, image_size, image_suffix
+from kddata.images.files import in_order
 from kddata.images.opening import open_source
 from kddata.images.pack import Packed, pack
 from kddata.images.source import ImageRef, ImageShard, ImageSource
@@ -19,6 +20,7 @@ __all__ = [
     "image_hash",
     "image_size",
     "image_suffix",
+    "in_order",
     "open_source",
     "pack",
 ]

@@ -19,7 +19,7 @@ import torch
 from kddata import boundary
 from kddata.cards import Codec, Format, Keep, MemoryFormat, Output, StoreSpec
 from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
-from kddata.images import ImageSource, open_source
+from kddata.images import ImageSource, in_order, open_source
 from kddata.labelling.attacks import boundary_shapes
 from kddata.labelling.unit import label_unit
 from kddata.store import LabelStore, Receipt, Unit, driving
@@ -27,6 +27,7 @@ from kddata.teacher import Answers, Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
 _NAMED = 5
+_SCANS_AHEAD = 7  # image shards; what scanning waits for is the storage
 _log = logging.getLogger(__name__)
 
 
@@ -223,20 +224,20 @@ def finish(store: LabelStore, *, limit: float) -> None:
 
 
 def _index(store: LabelStore, source: ImageSource, names: list[str]) -> None:
-    """Indexes the image shards that have no index yet, and seals the list."""
+    """Indexes the image shards that have no index yet, several scanned at once, and seals the list."""
     indexed = store.indexed_shards()
-    for number, name in enumerate(names):
-        if number not in indexed:
-            shard, refs = source.scan(name)
-            store.write_index(
-                number,
-                name=name,
-                size_bytes=shard.size_bytes,
-                ids=[ref.image_id for ref in refs],
-                labels=[ref.label for ref in refs],
-                offsets=[ref.offset for ref in refs],
-                lengths=[ref.length for ref in refs],
-            )
+    missing = [number for number in range(len(names)) if number not in indexed]
+    scans = in_order(lambda number: source.scan(names[number]), missing, ahead=_SCANS_AHEAD)
+    for number, (shard, refs) in zip(missing, scans, strict=True):
+        store.write_index(
+            number,
+            name=shard.name,
+            size_bytes=shard.size_bytes,
+            ids=[ref.image_id for ref in refs],
+            labels=[ref.label for ref in refs],
+            offsets=[ref.offset for ref in refs],
+            lengths=[ref.length for ref in refs],
+        )
     store.finish_index(names)
     require_distinct(store)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -332,6 +333,27 @@ def test_no_images_are_named(tmp_path):
     assert not (tmp_path / "other").exists()  # so that the command may be corrected and run again
 
 
+def test_image_shards_are_scanned_several_at_once_and_indexed_in_order(tmp_path, monkeypatch):
+    images = make_images(tmp_path / "images", num_images=12, shards=4)
+    source = open_source(images)
+    together = threading.Barrier(4, timeout=30)
+
+    class Slow:
+        location, kind, shard_names = source.location, source.kind, source.shard_names
+
+        def scan(self, name):
+            together.wait()
+            return source.scan(name)
+
+    monkeypatch.setattr("kddata.labelling.job.open_source", lambda images: Slow())
+    store = prepare(_job(images, tmp_path / "together"))
+    assert [shard.name for shard in store.images] == source.shard_names()
+    monkeypatch.undo()
+    monkeypatch.setattr("kddata.labelling.job._SCANS_AHEAD", 0)
+    prepare(_job(images, tmp_path / "in turn"))
+    assert _files(tmp_path / "together") == _files(tmp_path / "in turn")
+
+
 def test_indexing_that_died_goes_on(images, tmp_path, monkeypatch):
     job, scanned = _job(images, tmp_path / "store"), []
     source = type(open_source(images))
@@ -344,6 +366,7 @@ def test_indexing_that_died_goes_on(images, tmp_path, monkeypatch):
         return scan(self, name)
 
     monkeypatch.setattr(source, "scan", dying)
+    monkeypatch.setattr("kddata.labelling.job._SCANS_AHEAD", 0)
     with pytest.raises(KeyboardInterrupt):
         prepare(job)
     label_store(job)
