@@ -133,6 +133,7 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             gpus_per_worker=file.cluster.gpus_per_worker,
             threads_per_worker=file.cluster.threads_per_worker,
             loader_processes=file.cluster.loader_processes,
+            rank_timeout_s=file.cluster.rank_timeout_s,
             max_failures=file.cluster.max_failures,
             on_progress=show,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -42,6 +43,7 @@ def train(
     gpus_per_worker: float = 0,
     threads_per_worker: int = 1,
     loader_processes: int = 0,
+    rank_timeout_s: float = 600,
     max_failures: int = 3,
     on_progress: Callable[[training.Progress], None] = lambda progress: None,
 ) -> training.TrainingResult:
@@ -50,6 +52,8 @@ def train(
     Args:
         gpus_per_worker: with any, ranks talk by NCCL, else by gloo.
         threads_per_worker: of torch. With `loader_processes`, the CPUs that a worker reserves.
+        rank_timeout_s: how long ranks wait for one that does not answer; then it counts as dead. It must be longer than
+            an evaluation, in which they wait for rank 0.
         max_failures: how often the ranks are restarted after one of them died. An error for users is not tried again.
         on_progress: called in this process, from another thread.
 
@@ -67,11 +71,14 @@ def train(
         cpus = threads_per_worker + loader_processes
         require_room("workers", workers, cpus=cpus, gpus=gpus_per_worker, key="cluster.workers")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the end of a run is seen that much sooner
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(rank_timeout_s)  # of a rank that waits for no other
         storage, _, name = job.run.rstrip("/").rpartition("/")
         trainer = TorchTrainer(
             _rank,
             train_loop_config={"job": job, "threads": threads_per_worker, "loader_processes": loader_processes},
-            torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if gpus_per_worker else "gloo", timeout_s=max(1, math.ceil(rank_timeout_s))
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus_per_worker > 0,

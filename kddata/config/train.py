@@ -116,12 +116,16 @@ class RunPlace(Section):
 
 
 class TrainCluster(Section):
-    """`cluster:` of a train job: workers (ranks), what each of them gets, and how often dead ones are replaced."""
+    """`cluster:` of a train job: workers (ranks), what each of them gets, and how often dead ones are replaced.
+
+    rank_timeout_s: a worker that does not answer for so long counts as dead.
+    """
 
     workers: Count = 1
     gpus_per_worker: NotNegative = 0
     threads_per_worker: Count = 1
     loader_processes: Annotated[int, Field(ge=0)] = 0
+    rank_timeout_s: Positive = 600.0
     max_failures: Annotated[int, Field(ge=0)] = 3
 
 

@@ -5,9 +5,7 @@ All runs share one Ray, one after the other.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,26 +70,6 @@ def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
     assert json.loads((run / "card.json").read_text()) == result.card
     for name, values in load_file(root / "runs" / "alone" / "model.safetensors").items():
         np.testing.assert_allclose(load_file(run / "model.safetensors")[name], values, rtol=1e-3, atol=1e-5)
-
-
-def test_a_killed_rank_is_replaced_and_the_run_goes_on_from_its_checkpoint(
-    root: Path, kill_worker: Callable[[str], int]
-) -> None:
-    killed: list[int] = []
-    told: list[Progress] = []
-
-    def kill_once(now: Progress) -> None:
-        told.append(now)
-        if now.step >= 6 and not killed:
-            killed.append(kill_worker("RayTrainWorker"))
-
-    slow = job(root, "killed", network="SlowLinear")
-    result = train(slow, workers=2, on_progress=kill_once)
-    assert len(killed) == 1
-    assert told[0].step >= 6, "the first epoch had ended, and was saved"
-    undisturbed = training.train(dataclasses.replace(slow, run=str(root / "runs" / "undisturbed")))
-    np.testing.assert_allclose(result.loss_S, undisturbed.loss_S, rtol=1e-4)
-    assert [record["epoch"] for record in result.epochs] == [0, 1, 2]
 
 
 def test_a_finished_run_is_read_back_and_another_job_of_its_name_is_refused(root: Path) -> None:
