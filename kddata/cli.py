@@ -159,6 +159,16 @@ def extend(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) 
 
 
 @command
+def teach(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Trains or fine-tunes a teacher on labelled images, in this process on the CPU, before it labels a store.
+
+    \b
+    kddata teach jobs/configs/teach.yaml images=data/train.tar teacher.num_classes=100
+    """
+    commands.teach(file, overrides or (), as_json=as_json)
+
+
+@command
 def train(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Trains a student from a store, on Ray; the same run name goes on where an earlier run stopped.
 

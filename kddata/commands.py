@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from kddata.config import LabelFile, TrainFile, label_job, load, train_job
+from kddata.config import LabelFile, TeachFile, TrainFile, label_job, load, teaching_job, train_job
 from kddata.console import Bar, clock
 
 if TYPE_CHECKING:
@@ -114,6 +114,22 @@ def _bytes(count: int) -> str:
     return f"{value:.3g} {unit}"
 
 
+def teach(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+    """Trains the teacher of a teach job file in this process, and prints how well it learned. Raises KddataError."""
+    file = load(TeachFile, path, overrides)
+    job = teaching_job(file)
+    from kddata.training.teach import teach
+
+    with Bar(f"teaching {file.run.name}", unit="steps") as bar:
+        card = teach(
+            job,
+            threads=file.threads,
+            num_workers=file.loader_processes,
+            report=lambda step, num_steps, loss: bar.update(step, num_steps, note=f"loss {loss:.4f}"),
+        )
+    _say_card(job.run, card, as_json=as_json)
+
+
 def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
     """Trains what a job file says, and prints what came of it. Raises KddataError."""
     file = load(TrainFile, path, overrides)
@@ -137,11 +153,16 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             max_failures=file.cluster.max_failures,
             on_progress=show,
         )
+    _say_card(job.run, result.card, as_json=as_json)
+
+
+def _say_card(run: str, card: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a run came to: its card as JSON, or its metrics in a line."""
     if as_json:
-        say(json.dumps({"run": job.run, **result.card}))
+        say(json.dumps({"run": run, **card}))
         return
-    metrics = [f"{name} {value:.4g}" for name, value in result.card["metrics"].items() if isinstance(value, float)]
-    say(f"{job.run}: {', '.join(metrics)}")
+    metrics = [f"{name} {value:.4g}" for name, value in card["metrics"].items() if isinstance(value, float)]
+    say(f"{run}: {', '.join(metrics)}")
 
 
 def say(text: str) -> None:

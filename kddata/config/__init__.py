@@ -6,6 +6,7 @@ or YAML.
 
 from kddata.config.label import LabelFile, label_job
 from kddata.config.reading import load
+from kddata.config.teach import TeachFile, teaching_job
 from kddata.config.train import TrainFile, train_job
 
-__all__ = ["LabelFile", "TrainFile", "label_job", "load", "train_job"]
+__all__ = ["LabelFile", "TeachFile", "TrainFile", "label_job", "load", "teaching_job", "train_job"]

@@ -17,11 +17,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from kddata import rng
+from kddata.corruption import labels_sha256
 from kddata.errors import SourceError
 from kddata.images import ImageSource, decode
 from kddata.replay import evaluation_view, step_loader
 from kddata.training.job import OptimizerArgs
 from kddata.training.predict import normaliser
+from kddata.training.students import to_train_mode
 from kddata.views import ViewPlan, render
 
 WHOLE_SHARE = 0.5
@@ -33,7 +35,11 @@ class LabelledViews(Dataset[tuple[Tensor, Tensor]]):
     Half of the views are drawn by the plan, the others are the evaluation view, so that a teacher knows both what it
     will label and what it is judged by. A pure function of images, plan, seed and step.
 
-    Raises SourceError for images without labels.
+    Attributes:
+        labels_sha256: of which image has which label; see `corruption.labels_sha256`.
+        highest_label: of all images.
+
+    Raises SourceError for images without labels, or for fewer than one batch of them.
     """
 
     def __init__(self, source: ImageSource, *, plan: ViewPlan, size_px: int, batch_size: int, seed: int) -> None:
@@ -44,6 +50,15 @@ class LabelledViews(Dataset[tuple[Tensor, Tensor]]):
         self._plan, self._size_px, self._batch_size, self._seed = plan, size_px, batch_size, seed
         self._order = -1, np.empty(0, dtype=np.int64)  # of the epoch that was asked for last
         self.steps_per_epoch = len(self._items) // batch_size
+        if self.steps_per_epoch < 1:
+            raise SourceError(
+                "supervised training takes one batch of images at least",
+                actual=f"{len(self._items)} images, batch_size {batch_size}",
+                fix="use a smaller batch_size",
+            )
+        labels_N = np.array([ref.label for ref, _ in self._items])
+        self.highest_label = int(labels_N.max())
+        self.labels_sha256 = labels_sha256((ref.image_id for ref, _ in self._items), labels_N)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -77,16 +92,18 @@ def fit(
 
     Args:
         mean, std: of the network's input, for pixels in [0, 1].
-        optimizer: learning rates, epochs, momentum and weight decay; its name is not looked at.
+        optimizer: learning rates, epochs, momentum and weight decay; its name is not looked at. BatchNorm that was
+            frozen stays as it is; see `students.to_train_mode`.
         threads: of torch in this process.
         num_workers: processes that read and render ahead.
         report: called after each step with its number from 1, the number of steps, and its loss.
     """
     torch.set_num_threads(threads)
-    network.train().to(memory_format=torch.channels_last)
+    to_train_mode(network)
+    network.to(memory_format=torch.channels_last)
     pixels_of = normaliser(mean, std, "cpu")
     sgd = torch.optim.SGD(
-        network.parameters(),
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=optimizer.lr,
         momentum=optimizer.momentum,
         weight_decay=optimizer.weight_decay,

@@ -25,6 +25,7 @@ COMMANDS = (
     "pack",
     "label",
     "plan",
+    "teach",
     "extend",
     "train",
     "predict",

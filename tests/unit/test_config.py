@@ -9,11 +9,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from kddata.config import LabelFile, TrainFile, label_job, load, train_job
+from kddata.config import LabelFile, TeachFile, TrainFile, label_job, load, teaching_job, train_job
 from kddata.config.reading import Section
 from kddata.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+EXAMPLES = [("label.yaml", LabelFile), ("train.yaml", TrainFile), ("teach.yaml", TeachFile)]
 LABEL: dict[str, Any] = {
     "images": "a/{00..03}.tar",
     "store": "out",
@@ -45,11 +46,14 @@ def test_every_example_is_a_job(path: Path) -> None:
     if path.name.startswith("label"):
         job = label_job(load(LabelFile, path))
         assert job.teacher.num_classes == 1000
+    elif path.name.startswith("teach"):
+        assert teaching_job(load(TeachFile, path)).network.num_classes == 100
     else:
-        assert train_job(load(TrainFile, path)).run.endswith("/runs/shufflenet-kd")
+        run = "tl-kd" if path.name == "transfer.yaml" else "shufflenet-kd"
+        assert train_job(load(TrainFile, path)).run.endswith(f"/runs/{run}")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("label.yaml", LabelFile), ("train.yaml", TrainFile)])
+@pytest.mark.parametrize(("name", "kind"), EXAMPLES)
 def test_the_full_examples_show_every_key(name: str, kind: type[BaseModel]) -> None:
     def check(model: type[BaseModel], data: dict[str, Any], where: str) -> None:
         assert set(data) == set(model.model_fields), where
@@ -65,7 +69,7 @@ def test_the_full_examples_show_every_key(name: str, kind: type[BaseModel]) -> N
     check(kind, yaml.safe_load((CONFIGS / name).read_text()), name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("label.yaml", LabelFile), ("train.yaml", TrainFile)])
+@pytest.mark.parametrize(("name", "kind"), EXAMPLES)
 def test_what_the_full_examples_call_a_default_is_one(write, name: str, kind: type[Section]) -> None:
     lines = (CONFIGS / name).read_text().splitlines()
     short = yaml.safe_load("\n".join(line for line in lines if "# default" not in line))
