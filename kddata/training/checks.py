@@ -83,7 +83,8 @@ def check_job(
             actual=f"{world_size} workers and a step of {fewest} rows",
             fix="use fewer workers or a larger data.batch_size",
         )
-    order_of(store, 0, views_together=job.data.views_together, batch_size=job.data.batch_size)
+    visits = {"views_per_visit": job.data.views_per_visit, "views_together": job.data.views_together}
+    order_of(store, 0, batch_size=job.data.batch_size, **visits)
     open_images(store, job.images)
     if job.evaluate is not None:
         open_source(job.evaluate.images).shard_names()

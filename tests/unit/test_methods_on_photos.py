@@ -379,6 +379,22 @@ def test_stored_boundary_samples_teach_as_live_ones_do(photos: Photos) -> None:
         assert abs(found[0].item() - found[1].item()) <= bound < 0.02 * found[0].item()
 
 
+def test_a_sum_with_boundary_samples_sees_the_features_of_its_views(photos: Photos, tmp_path: Path) -> None:
+    """Its first loss is the sum of what each term has alone."""
+    terms = [{"name": "kd", "temperature": T}, {"name": "bss", "weight": 2.0}, {"name": "at", **MAPS, "weight": 1000}]
+    begun = [
+        train(
+            dataclasses.replace(
+                job_of(photos, tmp_path / f"run{i}", method), optimizer=OptimizerArgs(lr=0.02, epochs=1)
+            )
+        ).loss_S[0]
+        for i, method in enumerate(
+            [{"name": "sum", "terms": terms}, terms[0], *({**term, "hard_weight": 0} for term in terms[1:])]
+        )
+    ]
+    assert begun[0] == pytest.approx(sum(begun[1:]), rel=1e-5)
+
+
 def test_a_student_of_another_size_cannot_take_boundary_samples(photos: Photos, tmp_path: Path) -> None:
     job = job_of(photos, tmp_path / "run", {"name": "bss"})
     with pytest.raises(ConfigError, match=r"the teacher's 32 px; got data.size_px 24 .*data.size_px=32"):

@@ -22,6 +22,7 @@ from kddata.testing import fake_teacher_args, make_store
 from kddata.training import (
     DataArgs,
     EvaluationArgs,
+    FirstStageArgs,
     OptimizerArgs,
     Progress,
     StudentArgs,
@@ -142,7 +143,7 @@ def pictured(store: LabelStore, tmp_path_factory: pytest.TempPathFactory) -> Lab
         plan=ViewPlan(),
         views_per_image=2,
         k=5,
-        outputs=("attention:1", "embedding"),
+        outputs=("attention:1", "embedding", "boundary", "boundary_logits"),
     )
     return label_store(job).store
 
@@ -160,9 +161,10 @@ def plain(num_classes: int) -> nn.Module:
 
 def test_two_processes_train_parts_as_one_does(pictured: LabelStore, tmp_path: Path) -> None:
     """AT is a mean over images, so that two shares of a batch make the whole; layers above the node have no gradient
-    of it, and the head and the temperature learn outside the network's own forward pass."""
+    of it, the head and the temperature learn outside the network's own forward pass, and boundary samples are a second
+    one. A first stage is over for both before either begins the next."""
     terms = [{"name": "at", "teacher_nodes": ["1"], "student_nodes": ["1"], "weight": 10}]
-    terms += [{"name": "aekt", "hard_weight": 1}, {"name": "ctkd"}]
+    terms += [{"name": "aekt", "hard_weight": 1}, {"name": "ctkd"}, {"name": "bss", "weight": 5}]
     job = TrainingJob(
         store=pictured.url,
         run=str(tmp_path / "alone"),
@@ -170,8 +172,11 @@ def test_two_processes_train_parts_as_one_does(pictured: LabelStore, tmp_path: P
         method={"name": "sum", "terms": terms},
         data=DataArgs(batch_size=17, size_px=16),
         optimizer=OptimizerArgs(lr=0.05, epochs=2),
+        first_stage=FirstStageArgs(method=terms[0], epochs=1),
     )
-    only_at = dataclasses.replace(job, method={**terms[0], "name": "at", "hard_weight": 0}, run=job.run + "-at")
+    only_at = dataclasses.replace(
+        job, method={**terms[0], "name": "at", "hard_weight": 0}, run=job.run + "-at", first_stage=None
+    )
     for one in (job, only_at):
         both = dataclasses.replace(one, run=one.run + "-both")
         args = (both, str(tmp_path / f"meeting{one.method['name']}"))
