@@ -83,8 +83,13 @@ def check_job(
             actual=f"{world_size} workers and a step of {fewest} rows",
             fix="use fewer workers or a larger data.batch_size",
         )
-    visits = {"views_per_visit": job.data.views_per_visit, "views_together": job.data.views_together}
-    order_of(store, 0, batch_size=job.data.batch_size, **visits)
+    order_of(
+        store,
+        seed=0,
+        views_per_visit=job.data.views_per_visit,
+        views_together=job.data.views_together,
+        batch_size=job.data.batch_size,
+    )
     open_images(store, job.images)
     if job.evaluate is not None:
         open_source(job.evaluate.images).shard_names()
