@@ -54,6 +54,53 @@ def plain_lskd(x: Tensor, teacher: Tensor) -> Tensor:
     return plain_kd(x, teacher)
 
 
+def plain_nkd(x: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    on = F.one_hot(y, x.shape[1]).bool()
+    p, log_q = teacher.softmax(1), x.log_softmax(1)
+    others_p, others_q = (v[~on].view(len(v), -1) for v in (teacher, x))
+    others = -(others_p.softmax(1) * others_q.log_softmax(1)).sum(1).mean()
+    return -(p[on] * log_q[on]).mean() + 1.5 * others
+
+
+def plain_ttm(x: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(x.log_softmax(1), (teacher / T).softmax(1), reduction="batchmean")
+
+
+def plain_mlkd(x: Tensor, teacher: Tensor) -> Tensor:
+    total = x.new_zeros(())
+    for t in (2.0, 3.0, 4.0, 5.0, 6.0):
+        q, p = (x / t).softmax(1), (teacher / t).softmax(1)
+        total = total + t * t * F.kl_div(q.log(), p, reduction="batchmean")
+        total = total + (p @ p.T - q @ q.T).pow(2).sum() / len(x) + (p.T @ p - q.T @ q).pow(2).sum() / x.shape[1]
+    return total
+
+
+def plain_pkt(s: Tensor, t: Tensor) -> Tensor:
+    def chances(v: Tensor) -> Tensor:
+        v = v / (v.pow(2).sum(1, keepdim=True).sqrt() + 1e-7)
+        near = (v @ v.T + 1) / 2
+        return near / near.sum(1, keepdim=True)
+
+    p, q = chances(t), chances(s)
+    return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
+
+
+def plain_ft(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (F.normalize(v.pow(2).mean(1).flatten(1)) for v in (s, t))
+    return (s - t).abs().mean()
+
+
+def plain_ab(s: Tensor, t: Tensor) -> Tensor:
+    off = (s + 1).pow(2) * ((s > -1) & (t <= 0)).float()
+    on = (s - 1).pow(2) * ((s <= 1) & (t > 0)).float()
+    return 0.003 * (off + on).sum() / len(s)
+
+
+def plain_ofd(s: Tensor, t: Tensor, margin: Tensor) -> Tensor:
+    target = torch.max(t, margin)
+    return (F.mse_loss(s, target, reduction="none") * ((s > target) | (t > 0)).float()).sum() / len(s)
+
+
 def plain_at(maps: list[Tensor], teachers: list[Tensor]) -> Tensor:
     looks = [[F.normalize(v.pow(2).mean(1).flatten(1)) for v in pair] for pair in zip(maps, teachers, strict=True)]
     return torch.stack([(s - t).pow(2).mean() for s, t in looks]).sum()
@@ -105,6 +152,8 @@ def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Los
     top = SoftLabels.from_logits(teacher, k=10, temperatures=(1.0, T))
     e_s, e_t = normal(rows, width), normal(rows, 4 * width).relu()
     m_s, m_t = normal(rows, 32, side, side), normal(rows, 32, side, side).relu()
+    before = normal(rows, 32, side, side)  # a teacher's ReLU
+    margin = losses.ofd_margin(before)
     return {
         "kd, k = C": (lambda v: losses.kd_loss(v, labels, temperature=T), lambda v: plain_kd(v, teacher), x),
         "kd, k = 10, uniform": (
@@ -115,9 +164,16 @@ def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Los
         "dkd": (lambda v: losses.dkd_loss(v, labels, y), lambda v: plain_dkd(v, teacher, y), x),
         "dist": (lambda v: losses.dist_loss(v, labels, temperature=T), lambda v: plain_dist(v, teacher), x),
         "lskd": (lambda v: losses.lskd_loss(v, labels, temperature=T), lambda v: plain_lskd(v, teacher), x),
+        "nkd": (lambda v: losses.nkd_loss(v, labels, y), lambda v: plain_nkd(v, teacher, y), x),
+        "ttm": (lambda v: losses.ttm_loss(v, labels, temperature=T), lambda v: plain_ttm(v, teacher), x),
+        "mlkd": (lambda v: losses.mlkd_loss(v, labels), lambda v: plain_mlkd(v, teacher), x),
         "at": (lambda v: losses.at_loss([v], [m_t]), lambda v: plain_at([v], [m_t]), m_s),
         "sp": (lambda v: losses.sp_loss([v], [e_t]), lambda v: plain_sp(v, e_t), e_s),
         "rkd": (lambda v: losses.rkd_loss(v, e_t), lambda v: plain_rkd(v, e_t), e_s),
+        "pkt": (lambda v: losses.pkt_loss(v, e_t), lambda v: plain_pkt(v, e_t), e_s),
+        "ft": (lambda v: losses.ft_loss(v, m_t), lambda v: plain_ft(v, m_t), m_s),
+        "ab": (lambda v: losses.ab_loss([v], [before]), lambda v: plain_ab(v, before), m_s),
+        "ofd": (lambda v: losses.ofd_loss(v, before, margin), lambda v: plain_ofd(v, before, margin), m_s),
         "nst": (lambda v: losses.nst_loss([v], [m_t]), lambda v: plain_nst(v, m_t), m_s),
         "fsp": (
             lambda v: losses.fsp_loss([losses.fsp_matrix(v, v)], [losses.fsp_matrix(m_t, m_t)]),
