@@ -23,7 +23,7 @@ def batch_correlation_loss(
     Needs all classes (k = C), or a named tail. Source: Jin et al., "Multi-level logit distillation" (CVPR 2023).
     """
     p, q = _probabilities(student_logits_BC, labels, temperature, tail)
-    return (p @ p.T - q @ q.T).square().sum() / max(1, len(q))
+    return _among_images(p, q)
 
 
 def class_correlation_loss(
@@ -34,7 +34,7 @@ def class_correlation_loss(
     Needs all classes (k = C), or a named tail. Source: the same.
     """
     p, q = _probabilities(student_logits_BC, labels, temperature, tail)
-    return (p.T @ p - q.T @ q).square().sum() / q.shape[1]
+    return _among_classes(p, q)
 
 
 def _probabilities(
@@ -43,6 +43,14 @@ def _probabilities(
     dense = batch(student_logits_BC, labels)
     p = teacher_log_p(dense, temperature=temperature, tail=tail).exp()
     return p, (dense.logits_BC / temperature).softmax(1)
+
+
+def _among_images(p_BC: Tensor, q_BC: Tensor) -> Tensor:
+    return (p_BC @ p_BC.T - q_BC @ q_BC.T).square().sum() / max(1, len(q_BC))
+
+
+def _among_classes(p_BC: Tensor, q_BC: Tensor) -> Tensor:
+    return (p_BC.T @ p_BC - q_BC.T @ q_BC).square().sum() / q_BC.shape[1]
 
 
 def mlkd_loss(
@@ -67,18 +75,14 @@ def mlkd_loss(
     """
     dense = batch(student_logits_BC, labels)
     loss_B = dense.logits_BC.new_zeros(len(labels))
+    sets = [rows.to(loss_B.device) for rows in _sets(len(labels), image_ids)]
     for t in temperatures:
-        log_p = teacher_log_p(dense, temperature=t, tail=tail)
-        loss_B = loss_B + t**2 * kl(log_p, (dense.logits_BC / t).log_softmax(1))
-        for rows in _sets(len(labels), image_ids):
-            here, said = student_logits_BC[rows], labels.rows(rows)
-            shared = torch.stack(
-                [
-                    correlation(here, said, temperature=t, tail=tail)
-                    for correlation in (batch_correlation_loss, class_correlation_loss)
-                ]
-            ).sum()
-            loss_B = loss_B.index_add(0, rows.to(loss_B.device), shared.expand(len(rows)))
+        log_p, log_q = teacher_log_p(dense, temperature=t, tail=tail), (dense.logits_BC / t).log_softmax(1)
+        loss_B = loss_B + t**2 * kl(log_p, log_q)
+        p, q = log_p.exp(), log_q.exp()
+        for rows in sets:
+            shared = _among_images(p[rows], q[rows]) + _among_classes(p[rows], q[rows])
+            loss_B = loss_B.index_add(0, rows, shared.expand(len(rows)))
     return reduce_rows(dense, loss_B, reduction=reduction, weights_B=weights_B, known_only=False)
 
 
