@@ -151,6 +151,7 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             loader_processes=file.cluster.loader_processes,
             rank_timeout_s=file.cluster.rank_timeout_s,
             max_failures=file.cluster.max_failures,
+            trackers=file.trackers,
             on_progress=show,
         )
     _say_card(job.run, result.card, as_json=as_json)

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray.train
@@ -29,6 +29,7 @@ from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected, original
 from kddata.errors import KddataError
 from kddata.store.storage import open_storage
+from kddata.trackers import Trackers, require
 
 PROGRESS_FILE = "progress.json"
 _WRITE_S = {"file": 0.5}  # at most so often; object stores bill each write
@@ -44,6 +45,7 @@ def train(
     threads_per_worker: int = 1,
     loader_processes: int = 0,
     rank_timeout_s: float = 600,
+    trackers: Sequence[str] = (),
     max_failures: int = 3,
     on_progress: Callable[[training.Progress], None] = lambda progress: None,
 ) -> training.TrainingResult:
@@ -54,12 +56,14 @@ def train(
         threads_per_worker: of torch. With `loader_processes`, the CPUs that a worker reserves.
         rank_timeout_s: how long ranks wait for one that does not answer; then it counts as dead. It must be longer than
             an evaluation, in which they wait for rank 0.
+        trackers: names of those that rank 0 tells how it goes; see `kddata.trackers`.
         max_failures: how often the ranks are restarted after one of them died. An error for users is not tried again.
         on_progress: called in this process, from another thread.
 
     Raises ResourceError where the cluster has no room, ConfigError where nodes would not see one store or run, and
     what `training.train` raises.
     """
+    require(trackers)
     training.check(job, world_size=workers)  # what is wrong with the job is found before anything starts
     result = training.finished(job)
     if result is not None:
@@ -75,7 +79,12 @@ def train(
         storage, _, name = job.run.rstrip("/").rpartition("/")
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"job": job, "threads": threads_per_worker, "loader_processes": loader_processes},
+            train_loop_config={
+                "job": job,
+                "threads": threads_per_worker,
+                "loader_processes": loader_processes,
+                "trackers": tuple(trackers),
+            },
             torch_config=TorchConfig(
                 backend="nccl" if gpus_per_worker else "gloo", timeout_s=max(1, math.ceil(rank_timeout_s))
             ),
@@ -111,16 +120,25 @@ def _rank(config: dict[str, Any]) -> None:
             return network
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
-    training.train(
-        job,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=str(device),
-        threads=config["threads"],
-        num_workers=config["loader_processes"],
-        wrap=wrap,
-        report=_reporter(job.run) if context.get_world_rank() == 0 else lambda progress: None,
-    )
+    rank = context.get_world_rank()
+    with Trackers(config["trackers"] if rank == 0 else (), job) as track:
+        write = _reporter(job.run)
+
+        def report(progress: training.Progress) -> None:
+            if rank == 0:
+                write(progress)
+                track(progress)
+
+        training.train(
+            job,
+            rank=rank,
+            world_size=context.get_world_size(),
+            device=str(device),
+            threads=config["threads"],
+            num_workers=config["loader_processes"],
+            wrap=wrap,
+            report=report,
+        )
 
 
 def _reporter(run: str) -> Callable[[training.Progress], None]:

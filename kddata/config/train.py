@@ -153,6 +153,7 @@ class TrainFile(Section):
     optimizer: Optimizer
     evaluate: Evaluate | None = None
     run: RunPlace
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     cluster: TrainCluster = TrainCluster()
 
 

@@ -60,13 +60,15 @@ def files(run: str) -> set[str]:
 def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
     told: list[Progress] = []
     alone = training.train(job(root, "alone"))
-    result = train(job(root, "ranks"), workers=2, on_progress=told.append)
+    result = train(job(root, "ranks"), workers=2, trackers=["tensorboard"], on_progress=told.append)
     np.testing.assert_allclose(result.loss_S, alone.loss_S, rtol=1e-4)
     assert result.card["metrics"]["top1"] == alone.card["metrics"]["top1"]
     assert told[-1].step == told[-1].num_steps == len(result.loss_S) == 18
     assert told[-1].epoch_record is not None
     run = root / "runs" / "ranks"
-    assert files(str(run)) == {"job.json", "model.safetensors", "metrics.json", "card.json"}
+    (events,) = (run / "tensorboard").iterdir()  # of rank 0 alone
+    left = {"job.json", "model.safetensors", "metrics.json", "card.json", "trackers.json"}
+    assert files(str(run)) == left | {f"tensorboard/{events.name}"}
     assert json.loads((run / "card.json").read_text()) == result.card
     for name, values in load_file(root / "runs" / "alone" / "model.safetensors").items():
         np.testing.assert_allclose(load_file(run / "model.safetensors")[name], values, rtol=1e-3, atol=1e-5)

@@ -22,6 +22,7 @@ LAYERS = [
     {"cutting"},
     {"replay", "care"},
     {"training", "report", "picture"},
+    {"trackers"},
     {"config", "cluster", "console", "evidence"},
     {"commands"},
     {"cli", "jobs"},
@@ -38,6 +39,9 @@ ONLY = {  # who may import it, anywhere in the repository's shipped code
     "kddata_kernels": {"losses", "kddata_kernels"},
     "matplotlib": {"report", "picture"},
     "timm": {"builders"},
+    "tensorboardX": {"trackers"},
+    "mlflow": {"trackers"},
+    "wandb": {"trackers"},
     "transformers": {"builders"},
 }
 
