@@ -55,7 +55,8 @@ def train(
 
     Raises before the first step: StoreMissingError for a store that is not committed, ConfigError or
     StoreMismatchError for a student, method, teacher or batch size that does not fit it, ConfigError for a run of this
-    name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step.
+    name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step, which then
+    stand in the run's nonfinite-RANK.json too, with their views.
     """
     torch.set_num_threads(threads)
     store, method, run = check(job, world_size=world_size)
@@ -147,6 +148,10 @@ def train(
         rank=rank,
         world_size=world_size,
     )
+
+    def note(step: Step, what: str) -> str:
+        return run.note_not_finite(rank, step, what)
+
     unseen: list[Step] = []  # since the last look at the losses
     of_look, of_epoch = Meter(), Meter()
     for step in steps:
@@ -159,10 +164,10 @@ def train(
         save = epoch_ends or (job.checkpoint_steps is not None and taken % job.checkpoint_steps == 0)
         if not (save or len(unseen) == _LOOK_STEPS):
             continue
-        history.loss_S += mean_losses(unseen, world_size)
+        history.loss_S += mean_losses(unseen, world_size, note)
         cached = [dataclasses.replace(step, loss=step.cached_loss) for step in unseen if step.cached_loss is not None]
         if cached:
-            history.cached_loss_S += mean_losses(cached, world_size)
+            history.cached_loss_S += mean_losses(cached, world_size, note)
         record: dict[str, Any] | None = None
         if epoch_ends:
             epoch = len(history.epochs)
@@ -179,7 +184,7 @@ def train(
             history.epochs.append(record)
             of_epoch = Meter()
         if save:
-            require_finite(pupil.network, step)
+            require_finite(pupil.network, step, note)
         if save and rank == 0:
             state = {**pupil.state_dict(), "optimizer": optimizer.state_dict(), **history.to_checkpoint()}
             run.checkpoints.save(taken, state)

@@ -4,6 +4,7 @@
     checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished; see `checkpoints`
     model.safetensors     the student's weights, alone
     metrics.json          the loss of every step, and a record of every epoch
+    nonfinite-RANK.json   of a run that stopped at a loss or a weight that is no number: the step, images and views
     card.json             who learned what from whom, and how well; written last, so a run that has it has finished
 
 Files are published whole by `store.storage`, so that a torn one is never loaded. Trade-off: a run is one folder on
@@ -23,6 +24,7 @@ from kddata.cards import canonical_json, differences
 from kddata.errors import ConfigError
 from kddata.store.storage import open_storage
 from kddata.training.checkpoints import Checkpoints
+from kddata.training.steps import Step
 
 
 class Run:
@@ -51,6 +53,15 @@ class Run:
         """Claims the folder for a job, or joins an equal one. Raises like `check`."""
         self._files.create("job.json", canonical_json(job).encode())
         self.check(job)
+
+    def note_not_finite(self, rank: int, step: Step, what: str) -> str:
+        """Publishes which rows of a step a rank had when something was not finite; the name of the file."""
+        name = f"nonfinite-{rank}.json"
+        found = {"what": what, "step": step.number, "lr": step.lr, "rank": rank}
+        rows = [{"image_id": i, "view": v} for i, v in zip(step.image_ids, step.view_indices, strict=True)]
+        with self._files.replacing(name) as file:
+            file.write(json.dumps({**found, "rows": rows}, indent=1).encode())
+        return name
 
     def finish(self, weights: Mapping[str, Tensor], *, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Publishes the result, the card last, and removes the checkpoints."""

@@ -48,8 +48,13 @@ class Step:
     lr: float
     rows: int
     image_ids: list[str]
+    view_indices: list[int]
     wait_s: float
     seconds: float
+
+
+Note = Callable[[Step, str], str]
+"""Writes down at which step, and how, something stopped being finite; returns the name of the file."""
 
 
 class Taught(NamedTuple):
@@ -157,6 +162,7 @@ def training_steps(
             lr=lr,
             rows=batch.step_rows,
             image_ids=batch.image_ids,
+            view_indices=batch.view_indices,
             wait_s=wait_s,
             seconds=end - begin,
         )
@@ -185,7 +191,7 @@ def _mean_loss(
     return torch.stack(losses).sum() / rows
 
 
-def mean_losses(steps: list[Step], world_size: int) -> list[float]:
+def mean_losses(steps: list[Step], world_size: int, note: Note) -> list[float]:
     """The mean loss over all rows of each step. Raises TeacherError, on every rank, where one is not finite."""
     own = torch.stack([step.loss.double() for step in steps])
     total = own.clone()
@@ -194,25 +200,31 @@ def mean_losses(steps: list[Step], world_size: int) -> list[float]:
     if bool(torch.isfinite(total).all()):
         return total.tolist()
     first = int((~torch.isfinite(total)).nonzero()[0])
-    here = not math.isfinite(own[first].item())
+    where = "images of another worker, which names them"
+    if not math.isfinite(own[first].item()):
+        where = _images(steps[first], note(steps[first], f"a loss of {own[first].item()}"))
     raise TeacherError(
         "the loss is finite",
         actual=f"{total[first].item()} at step {steps[first].number}, learning rate {steps[first].lr:g}",
-        where=f"images {', '.join(steps[first].image_ids)}" if here else "images of another worker, which names them",
+        where=where,
         fix=_CALM,
     )
 
 
-def require_finite(network: nn.Module, step: Step) -> None:
+def require_finite(network: nn.Module, step: Step, note: Note) -> None:
     """Raises TeacherError where a weight is not finite after a step: a finite loss may have had another gradient."""
     for name, weight in network.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise TeacherError(
                 "weights are finite",
                 actual=f"otherwise in {name} after step {step.number}, learning rate {step.lr:g}",
-                where=f"images {', '.join(step.image_ids)}",
+                where=_images(step, note(step, f"{name} not finite after the step")),
                 fix=_CALM,
             )
+
+
+def _images(step: Step, file: str) -> str:
+    return f"images {', '.join(step.image_ids)}, as {file} says with their views"
 
 
 @dataclass(kw_only=True)

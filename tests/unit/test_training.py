@@ -276,17 +276,40 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_of_its_step(job, store)
     job = dataclasses.replace(job, optimizer=OptimizerArgs(lr=1e38, epochs=4, schedule="constant"))
     with pytest.raises(TeacherError, match=r"the loss is finite; got \S+ at step 1, .*image-000\d\d, .*optimizer.lr"):
         train(job)
+    noted = json.loads(Path(job.run, "nonfinite-0.json").read_text())
+    batch = list(loader(store, batch_size=16, size_px=16, seed=3))[1]
+    assert (noted["step"], noted["rank"]) == (1, 0)
+    assert noted["what"] in ("a loss of nan", "a loss of inf")
+    assert noted["rows"] == [
+        {"image_id": i, "view": v} for i, v in zip(batch.image_ids, batch.view_indices, strict=True)
+    ]
     assert not Path(job.run, "checkpoints").exists()
 
 
 def test_weights_that_are_not_finite_are_refused():
     network = plain_net(5)
-    step = Step(number=7, loss=torch.tensor(1.0), lr=0.5, rows=2, image_ids=["a", "b"], wait_s=0.0, seconds=1.0)
-    require_finite(network, step)
+    step = Step(
+        number=7,
+        loss=torch.tensor(1.0),
+        lr=0.5,
+        rows=2,
+        image_ids=["a", "b"],
+        view_indices=[3, 0],
+        wait_s=0.0,
+        seconds=1.0,
+    )
+    noted = []
+
+    def note(step: Step, what: str) -> str:
+        noted.append(what)
+        return "nonfinite-0.json"
+
+    require_finite(network, step, note)
     with torch.no_grad():
         network[0].weight[0, 0, 0, 0] = math.nan
-    with pytest.raises(TeacherError, match=r"in 0.weight after step 7, learning rate 0.5 \(in images a, b\)"):
-        require_finite(network, step)
+    with pytest.raises(TeacherError, match=r"in 0.weight after step 7, .* \(in images a, b, as nonfinite-0.json says"):
+        require_finite(network, step, note)
+    assert noted == ["0.weight not finite after the step"]
 
 
 class RootNet(nn.Module):
