@@ -180,6 +180,17 @@ def train(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @command
+def sweep(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Trains many students from one store, side by side, and gives one table and plot; goes on where it stopped.
+
+    \b
+    kddata sweep jobs/configs/sweep.yaml
+    kddata sweep jobs/configs/sweep.yaml 'grid.data.seed=[0, 1, 2]' cluster.at_once=4
+    """
+    commands.sweep(file, overrides or (), as_json=as_json)
+
+
+@command
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="a folder, tars, Parquet files; any URL")],

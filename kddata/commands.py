@@ -1,6 +1,6 @@
-"""The long commands, label and train, and plan, which says what the first of them will cost.
+"""The long commands, label, train and sweep, and plan, which says what the first of them will cost.
 
-They are what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py, and `kddata plan` do.
+They are what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py, and so on do.
 
 From a job file to a result on stdout, with a bar on stderr. Ray is imported after the job file is known to be right,
 since that takes seconds.
@@ -14,8 +14,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kddata.config import LabelFile, TeachFile, TrainFile, label_job, load, teaching_job, train_job
-from kddata.console import Bar, clock
+from kddata.config import (
+    LabelFile,
+    SweepFile,
+    TeachFile,
+    TrainFile,
+    label_job,
+    load,
+    sweep_trials,
+    teaching_job,
+    train_job,
+)
+from kddata.console import Bar, clock, table
+from kddata.errors import TrialsFailedError
 
 if TYPE_CHECKING:
     from kddata.labelling import Estimate
@@ -164,6 +175,76 @@ def _say_card(run: str, card: Mapping[str, Any], *, as_json: bool) -> None:
         return
     metrics = [f"{name} {value:.4g}" for name, value in card["metrics"].items() if isinstance(value, float)]
     say(f"{run}: {', '.join(metrics)}")
+
+
+def sweep(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+    """Trains the students of a sweep, and prints one table of them. Raises KddataError.
+
+    results.json, results.csv and plot.html in the sweep's folder hold the same. Raises TrialsFailedError, after that,
+    where trials failed.
+    """
+    file = load(SweepFile, path, overrides)
+    trials = sweep_trials(file)
+    jobs = [train_job(trial.file) for trial in trials]
+    from kddata.cluster import sweep as on_ray
+    from kddata.report import TrialResult, ranked, reason, sweep_csv, sweep_page, table_rows
+    from kddata.store.storage import open_storage
+
+    with Bar(f"sweep {file.run.name}", unit="epochs") as bar:
+
+        def show(now: on_ray.Standing) -> None:
+            failed = f", {now.failed} failed" if now.failed else ""
+            bar.update(now.epochs, now.total_epochs, note=f"{now.finished} of {now.trials} students{failed}")
+
+        outcomes = on_ray.sweep(
+            [
+                on_ray.Trial(
+                    name=trial.name,
+                    job=job,
+                    threads=trial.file.cluster.threads_per_worker,
+                    loader_processes=trial.file.cluster.loader_processes,
+                    gpus=trial.file.cluster.gpus_per_worker,
+                    trackers=trial.file.trackers,
+                )
+                for trial, job in zip(trials, jobs, strict=True)
+            ],
+            folder=file.folder,
+            at_once=file.cluster.at_once,
+            max_failures=file.cluster.max_failures,
+            on_standing=show,
+        )
+    results = []
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        found = (outcome.card or {}).get("metrics", {})
+        metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+        results.append(TrialResult(name=trial.name, values=trial.values, metrics=metrics, error=outcome.error))
+    metric = file.metric or ("top1" if any("top1" in result.metrics for result in results) else "loss")
+    results = ranked(results, metric)
+    as_values = {"sweep": file.folder, "metric": metric, "trials": [dataclasses.asdict(result) for result in results]}
+    files = open_storage(file.folder)
+    for name, text in (
+        ("results.json", json.dumps(as_values, indent=2)),
+        ("results.csv", sweep_csv(results)),
+        ("plot.html", sweep_page(file.run.name, results, metric)),
+    ):
+        with files.replacing(name) as out:
+            out.write(text.encode())
+    if as_json:
+        say(json.dumps(as_values))
+    else:
+        table(*table_rows(results, metric))
+        for result in results:
+            if result.error is not None:
+                say(f"failed {result.name}: {reason(result.error)}")
+        say(f"{file.folder}: results.json, results.csv, plot.html, and a folder for each student")
+    failed = [result.name for result in results if result.error is not None]
+    if failed:
+        raise TrialsFailedError(
+            "every trial of a sweep finishes",
+            actual=f"{len(failed)} of {len(results)} failed: {', '.join(failed[:5])}",
+            where=f"{file.folder}/results.json, with the errors",
+            fix="mend what they say; the same command trains these alone",
+        )
 
 
 def say(text: str) -> None:

@@ -4,7 +4,7 @@ message for an error of theirs.
 All but tables goes to stderr; stdout belongs to results. Trade-off: speeds and times left are means since the start
 of this process, not of the last seconds, so that they are steady enough to plan with.
 
-Exit codes: 0 done · 1 a bug or something unforeseen, with its traceback · 2 to 6 see `kddata.errors` ·
+Exit codes: 0 done · 1 a bug or something unforeseen, with its traceback · 2 to 7 see `kddata.errors` ·
 130 ctrl-C · 143 SIGTERM. After any of them the same command goes on where it stopped.
 """
 

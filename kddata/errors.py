@@ -16,7 +16,8 @@ Every message says four things: the rule, the actual value, where it was found, 
     │   ├── StoreDamagedError           5   bytes differ from their recorded hash; the file is named
     │   ├── StoreVersionError           5   written by a newer format version
     │   └── StoreBusyError              5   another driver is writing to it
-    └── ResourceError                   6   the machine or cluster has less than the job asks for
+    ├── ResourceError                   6   the machine or cluster has less than the job asks for
+    └── TrialsFailedError               7   trials of a sweep failed; the others have finished
 """
 
 from __future__ import annotations
@@ -117,3 +118,9 @@ class ResourceError(KddataError):
     """The machine or cluster has fewer CPUs or GPUs than the job asks for."""
 
     exit_code = 6
+
+
+class TrialsFailedError(KddataError):
+    """Trials of a sweep failed. The others have finished, and all are in its table."""
+
+    exit_code = 7

@@ -6,7 +6,19 @@ or YAML.
 
 from kddata.config.label import LabelFile, label_job
 from kddata.config.reading import load
+from kddata.config.sweep import SweepFile, SweepTrial, sweep_trials
 from kddata.config.teach import TeachFile, teaching_job
 from kddata.config.train import TrainFile, train_job
 
-__all__ = ["LabelFile", "TeachFile", "TrainFile", "label_job", "load", "teaching_job", "train_job"]
+__all__ = [
+    "LabelFile",
+    "SweepFile",
+    "SweepTrial",
+    "TeachFile",
+    "TrainFile",
+    "label_job",
+    "load",
+    "sweep_trials",
+    "teaching_job",
+    "train_job",
+]

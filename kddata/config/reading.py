@@ -45,7 +45,7 @@ def load(kind: type[File], path: str | Path, overrides: Sequence[str] = ()) -> F
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("a job file can be read", actual=error, where=path, fix="check the path") from error
-    data = _parse(text, where=str(path))
+    data = parse(text, where=str(path))
     if not isinstance(data, dict):
         raise ConfigError("a job file is a mapping of keys to values", actual=type(data).__name__, where=path)
     for override in overrides:
@@ -104,7 +104,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise ConfigError("an override goes into a mapping", actual=f"{part}: {below!r}", where=repr(override))
         data = below
-    data[path[-1]] = _parse(text, where=repr(override))
+    data[path[-1]] = parse(text, where=repr(override))
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,7 +136,8 @@ def _expanded(value: Any, seen: dict[int, int]) -> int:
     return seen[id(value)]
 
 
-def _parse(text: str, *, where: str) -> Any:
+def parse(text: str, *, where: str) -> Any:
+    """The value of a YAML text. Raises ConfigError for broken YAML and for aliases that stand for too much."""
     try:
         value = yaml.load(text, _Loader)
         _expanded(value, {})

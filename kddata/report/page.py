@@ -16,7 +16,7 @@ from kddata.report.values import COLUMNS, LABELS_OF, Arm, Cost, Kind, Report, Sa
 COLOR_OF: dict[Kind, str] = {"hard": "#8a94a6", "cached": "#2563eb", "loop": "#d97706"}
 _SMOOTH_STEPS = 15
 
-_STYLE = """
+STYLE = """
 :root { --ink: #1d2433; --quiet: #667085; --rule: #e4e7ec; --accent: #2563eb; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: var(--ink);
@@ -84,7 +84,7 @@ def page(report: Report) -> str:
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 

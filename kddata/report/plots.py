@@ -93,12 +93,13 @@ def rows(
     text_of: Callable[[float], str],
     reference: tuple[float, str] | None = None,
     width_px: int = 880,
+    label_px: float = _LABEL_PX,
 ) -> str:
     """Named rows of marks on one axis, each with its value in words, and a dashed reference value."""
     values = [x for _, row in marks for mark in row for x in (mark.value, mark.low, mark.high) if x is not None]
     low, high = _padded(*_extent(values + ([reference[0]] if reference else [])), share=0.12)
     height_px = _TOP + 14 + _ROW_PX * len(marks) + _BOTTOM
-    x_of = _scale(low, high, _LABEL_PX, width_px - 40)
+    x_of = _scale(low, high, label_px, width_px - 40)
     bottom = height_px - _BOTTOM
     parts = []
     for tick in ticks(low, high):
@@ -118,11 +119,11 @@ def rows(
         )
     for i, (name, row) in enumerate(marks):
         y = _TOP + 14 + _ROW_PX * (i + 0.5)
-        parts.append(_text(_LABEL_PX - 16, y + 4, name, anchor="end", color=INK, bold=True))
+        parts.append(_text(label_px - 16, y + 4, name, anchor="end", color=INK, bold=True))
         for j, mark in enumerate(row):
             # Values that lie close to each other would cover one another's words: they take turns above and below.
             parts.append(_mark(mark, x_of, y, text_of, above=j % 2 == 0))
-    parts.append(_text((_LABEL_PX + width_px - 40) / 2, height_px - 6, x_label, anchor="middle"))
+    parts.append(_text((label_px + width_px - 40) / 2, height_px - 6, x_label, anchor="middle"))
     return _svg(parts, width_px, height_px, x_label)
 
 

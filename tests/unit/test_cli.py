@@ -28,6 +28,7 @@ COMMANDS = (
     "teach",
     "extend",
     "train",
+    "sweep",
     "predict",
     "inspect",
     "verify",
