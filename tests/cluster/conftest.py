@@ -61,6 +61,16 @@ def linear(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
 
 
+class SlowLinear(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.network = linear(num_classes)
+
+    def forward(self, x):
+        time.sleep(0.2)
+        return self.network(x)
+
+
 def too_wide(num_classes):
     return linear(num_classes + 1)
 '''
