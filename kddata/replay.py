@@ -65,6 +65,24 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def split(self, count: int) -> list[Batch]:
+        """So many parts of even size, to one row, in order; fewer where there are fewer rows. See `cat`."""
+        ranges = [order.rank_range(0, len(self), i, count) for i in range(min(count, len(self)))]
+        return [self] if len(ranges) == 1 else [self._rows(slice(*bounds)) for bounds in ranges]
+
+    def _rows(self, rows: slice) -> Batch:
+        found: dict[str, Any] = {}
+        for name, value in ((x.name, getattr(self, x.name)) for x in fields(self)):
+            if isinstance(value, SoftLabels):
+                found[name] = value.rows(rows)
+            elif isinstance(value, (Tensor, list)):
+                found[name] = value[rows]
+            elif isinstance(value, dict):
+                found[name] = {key: x[rows] for key, x in value.items()}
+            elif isinstance(value, tuple):
+                found[name] = tuple(labels.rows(rows) for labels in value)
+        return replace(self, **found)
+
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
         """All rows of the parts of one rank's share."""

@@ -29,7 +29,7 @@ class Student(Section):
     """`student:` who learns.
 
     new_head: the weights are of another number of classes. freeze_batchnorm: its statistics and weights stay.
-    precision: bfloat16 autocasts the forward pass in training.
+    precision: bfloat16 autocasts the forward pass in training. compile: by torch.compile.
     """
 
     arch: str
@@ -38,6 +38,7 @@ class Student(Section):
     new_head: bool = False
     freeze_batchnorm: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
 
 
 class Noise(Section):
@@ -83,6 +84,7 @@ class Optimizer(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: NotNegative = 0.0
     epochs: Count
+    accumulate: Count = 1
     clip_norm: Positive | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     backbone_lr_scale: NotNegative = 1.0
@@ -101,10 +103,15 @@ class FirstStage(Section):
 
 
 class Evaluate(Section):
-    """`evaluate:` images with ground truth, looked at every so many epochs and after the last."""
+    """`evaluate:` images with ground truth, looked at every so many epochs and after the last.
+
+    patience: training ends after so many evaluations in a row without a better metric; the best student is kept.
+    """
 
     images: Location
     every_epochs: Count = 1
+    metric: Literal["top1", "top5", "nll", "brier", "ece"] = "top1"
+    patience: Count | None = None
 
 
 class RunPlace(Section):
@@ -181,6 +188,7 @@ def train_job(file: TrainFile) -> TrainingJob:
             new_head=student.new_head,
             freeze_batchnorm=student.freeze_batchnorm,
             precision=student.precision,
+            compile=student.compile,
         ),
         first_stage=None
         if stage is None
@@ -205,7 +213,12 @@ def train_job(file: TrainFile) -> TrainingJob:
         images=None if file.images is None else all_absolute(file.images),
         evaluate=None
         if evaluate is None
-        else training.EvaluationArgs(images=all_absolute(evaluate.images), every_epochs=evaluate.every_epochs),
+        else training.EvaluationArgs(
+            images=all_absolute(evaluate.images),
+            every_epochs=evaluate.every_epochs,
+            metric=evaluate.metric,
+            patience=evaluate.patience,
+        ),
         checkpoint_steps=file.run.checkpoint_steps,
     )
 

@@ -17,6 +17,9 @@ from kddata.losses.hard import Reduction
 from kddata.losses.needs import Needs, Seen
 from kddata.losses.terms import Shapes
 
+OF_ROWS = ("kd", "hard", "dkd", "lskd", "nkd", "wsld", "ttm", "ofa")
+"""Methods whose loss of a row is that row's own, whatever else is in the batch."""
+
 HARD_ALONE = "learn from soft labels alone (such as method.name=kd method.alpha=1), or add labels to the images"
 _NOT_MIXED = "use method kd, hard, lskd, dist or ttm, or label with views.mix=none"
 
@@ -80,6 +83,11 @@ class Method:
         raises ConfigError where the shapes of both sides cannot be compared.
         """
         return nn.Module() if self.build is None else self.build(student_shapes, teacher_shapes)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the loss of each row is the row's own, so that a batch can be taken in parts."""
+        return all(term.of_rows for term in self.terms) if self.terms else self.name in OF_ROWS
 
     def answer(self, student_logits_BC: Tensor, parts: nn.Module | None) -> Tensor:
         """The logits that classify, in training and at inference: the student's own, but for a method with a head."""

@@ -24,6 +24,13 @@ from kddata.replay import choice_of
 from kddata.store import LabelStore, choose, require_members
 from kddata.training.job import TrainingJob
 
+_ADDED: tuple[tuple[str, str, object], ...] = (  # that former runs did not have, and what stands for absence
+    ("student", "compile", False),
+    ("data", "views_per_visit", 1),
+    ("data", "views_together", 1),
+    ("optimizer", "accumulate", 1),
+)
+
 
 def check_job(
     job: TrainingJob, store: LabelStore, others: Sequence[LabelStore], method: Method, world_size: int
@@ -38,6 +45,13 @@ def check_job(
             actual=f"student.num_classes {job.student.num_classes}",
             where=store.url,
             fix=f"set student.num_classes={spec.teacher.num_classes}",
+        )
+    if job.student.compile and (method.needs.of_features or method.needs.boundary):
+        raise ConfigError(
+            "a compiled student is for methods on logits",
+            actual=f"method {method.name}",
+            where="student.compile",
+            fix="set student.compile=false",
         )
     for each in (store, *others):
         method.check(
@@ -77,11 +91,19 @@ def check_job(
     steps = order.num_steps(num_rows, job.data.batch_size)
     ranges = [order.step_range(step, num_rows, job.data.batch_size) for step in (0, steps - 1)]
     fewest = min(stop - start for start, stop in ranges)
-    if fewest < 2 * world_size:
+    parts = job.optimizer.accumulate
+    if fewest < 2 * world_size * parts:
         raise ConfigError(
-            "every worker gets two rows or more of each step",
-            actual=f"{world_size} workers and a step of {fewest} rows",
+            "every worker gets two rows or more of each step" + ", for each micro-batch" * (parts > 1),
+            actual=f"{world_size} workers" + f", {parts} micro-batches" * (parts > 1) + f" and a step of {fewest} rows",
             fix="use fewer workers or a larger data.batch_size",
+        )
+    if parts > 1 and not method.of_rows:
+        raise ConfigError(
+            "micro-batches are for losses of single rows",
+            actual=f"method {method.name}, which compares the rows of a batch or learns beside the student",
+            where="optimizer.accumulate",
+            fix="set optimizer.accumulate=1",
         )
     order_of(
         store,
@@ -131,9 +153,11 @@ def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] =
     fields = dataclasses.asdict(job)
     for name in ("store", "weight", "others", "combine", "run", "images", "checkpoint_steps"):
         del fields[name]
-    for name in ("views_per_visit", "views_together"):
-        if fields["data"][name] == 1:
-            del fields["data"][name]  # as before there was a choice
+    for section, name, default in _ADDED:
+        if fields[section][name] == default:
+            del fields[section][name]  # as before there was a choice
+    if job.evaluate is not None and job.evaluate.patience is None:
+        del fields["evaluate"]["metric"], fields["evaluate"]["patience"]
     if job.first_stage is None:
         del fields["first_stage"]
     if others or job.weight != 1:

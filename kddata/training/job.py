@@ -16,6 +16,9 @@ from kddata.errors import ConfigError
 from kddata.store import Subset
 from kddata.teacher import TeacherArgs
 
+METRICS = {"top1": 1, "top5": 1, "nll": -1, "brier": -1, "ece": -1}
+"""By which evaluations are compared, and whether a higher (1) or a lower value (-1) is better."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentArgs:
@@ -25,6 +28,7 @@ class StudentArgs:
         new_head: the weights are of another number of classes: the last layer starts from random ones.
         freeze_batchnorm: BatchNorm keeps the statistics and the weights that it starts with.
         precision: of the forward pass in training; bfloat16 is autocast, and weights stay in float32.
+        compile: by torch.compile, for training and evaluation; slow to start. Weights keep the names that they have.
     """
 
     arch: str
@@ -33,6 +37,7 @@ class StudentArgs:
     new_head: bool = False
     freeze_batchnorm: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16"):
@@ -80,6 +85,8 @@ class OptimizerArgs:
         lr: the largest learning rate.
         schedule: after a linear rise over `warmup_epochs`, falling as half a cosine to 0, or constant.
         epochs: passes over all views of the store.
+        accumulate: micro-batches of a step, which pass through the student one after the other, for large batches on
+            little memory. The step is that of the whole batch, to rounding; but BatchNorm sees a part of it at a time.
         clip_norm: most norm of the gradient of a step; None for any.
         ema: decay of a moving average of the weights, which is then what is judged and kept; None for none.
         backbone_lr_scale: learning rate of all layers but the last, as a multiple of the last one's.
@@ -92,6 +99,7 @@ class OptimizerArgs:
     weight_decay: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: float = 0.0
+    accumulate: int = 1
     clip_norm: float | None = None
     ema: float | None = None
     backbone_lr_scale: float = 1.0
@@ -100,6 +108,8 @@ class OptimizerArgs:
         for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("cosine", "constant"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"optimizer.{name} is one of {', '.join(allowed)}", actual=repr(getattr(self, name)))
+        if self.accumulate < 1:
+            raise ConfigError("optimizer.accumulate is at least 1", actual=self.accumulate)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError("optimizer.clip_norm is above 0", actual=self.clip_norm)
         if self.ema is not None and not 0 < self.ema < 1:
@@ -145,12 +155,24 @@ class FirstStageArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationArgs:
-    """What the student is judged on: a source with labels, every so many epochs and after the last."""
+    """What the student is judged on: a source with labels, every so many epochs and after the last.
+
+    Attributes:
+        patience: training ends after so many evaluations in a row that are no better than the best one before them,
+            and the student of the best one is what is kept. None: all epochs, and the last student.
+        metric: what is better: top1 and top5 where they are higher, nll, brier and ece where they are lower.
+    """
 
     images: str | tuple[str, ...]
     every_epochs: int = 1
+    metric: Literal["top1", "top5", "nll", "brier", "ece"] = "top1"
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ConfigError(f"evaluate.metric is one of {', '.join(METRICS)}", actual=repr(self.metric))
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError("evaluate.patience is at least 1", actual=self.patience)
         if self.every_epochs < 1:
             raise ConfigError("evaluate.every_epochs is at least 1", actual=self.every_epochs)
 

@@ -29,6 +29,7 @@ from kddata.training.results import History, Progress, TrainingResult, card_of, 
 from kddata.training.run import Run
 from kddata.training.stages import first_stage_of, reported, second_stage_of
 from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
+from kddata.training.stopping import best_epoch, copied, is_over, of_rank_0
 from kddata.training.students import make_optimizer
 from kddata.training.teaching import teacher_in_the_loop
 
@@ -90,11 +91,13 @@ def train(
     pupil = Pupil(begun, store, method, pixels_of=pixels_of, device=device)
     optimizer = make_optimizer(job.optimizer, pupil.network, pupil.student)
     history = History()
+    best: dict[str, Any] | None = None  # the pupil after the best evaluation, where training can end early
     checkpoint = run.checkpoints.load()
     if checkpoint is not None:
         pupil.load_state_dict(checkpoint)
         optimizer.load_state_dict(checkpoint["optimizer"])
         history = History.from_checkpoint(checkpoint)
+        best = checkpoint.get("best")
     first_step = len(history.loss_S)
     require_same_start(first_step, world_size, device, where=job.run)
 
@@ -129,6 +132,8 @@ def train(
 
     per_epoch = replay.steps_per_epoch
     num_steps = job.optimizer.epochs * per_epoch
+    if is_over(history.epochs, job.evaluate):  # it was killed between its last checkpoint and its result
+        num_steps = first_step
     steps = training_steps(
         wrap(pupil.network),
         replay_loader(replay, range(first_step, num_steps), num_workers=num_workers, pin_memory=on_gpu),
@@ -142,6 +147,7 @@ def train(
         teach=teach,
         parts=pupil.parts,
         capture=pupil.capture,
+        accumulate=job.optimizer.accumulate,
         clip_norm=job.optimizer.clip_norm,
         bfloat16=job.student.precision == "bfloat16",
         seed=job.data.seed,
@@ -181,13 +187,18 @@ def train(
             }
             if exam is not None and exam.is_due(epoch, job.optimizer.epochs):
                 record |= exam.summary(pupil.judged)
+            if job.evaluate is not None and job.evaluate.patience is not None:
+                if job.evaluate.is_due(epoch, job.optimizer.epochs):
+                    record[job.evaluate.metric] = of_rank_0(record.get(job.evaluate.metric), world_size, device)
+                if best_epoch([*history.epochs, record], job.evaluate.metric) == epoch:
+                    best = copied(pupil.state_dict())
             history.epochs.append(record)
             of_epoch = Meter()
         if save:
             require_finite(pupil.network, step, note)
         if save and rank == 0:
             state = {**pupil.state_dict(), "optimizer": optimizer.state_dict(), **history.to_checkpoint()}
-            run.checkpoints.save(taken, state)
+            run.checkpoints.save(taken, state if best is None else {**state, "best": best})
         report(
             Progress(
                 step=taken,
@@ -201,10 +212,16 @@ def train(
             )
         )
         unseen, of_look = [], Meter()
+        if record is not None and is_over(history.epochs, job.evaluate):
+            break
 
     pupil.close()
+    kept = len(history.epochs) - 1
+    if best is not None and job.evaluate is not None:
+        pupil.load_state_dict(best)
+        kept = best_epoch(history.epochs, job.evaluate.metric) or 0
     student = pupil.result()
-    card = card_of(job, [store, *others], student, history.epochs[-1])
+    card = card_of(job, [store, *others], student, history.epochs, kept)
     if rank == 0:
         run.finish(student.state_dict(), card=card, metrics=history.metrics())
     return TrainingResult(card=card, **history.metrics())

@@ -49,6 +49,9 @@ class Pupil:
         self.parts = _parts(job, store, method, self.student, self.capture, pixels_of, device)
         alone = self.parts is None and not method.needs.boundary
         self.network = self.student if alone else _Both(self.student, self.parts)
+        if job.student.compile:
+            self._kept.compile()  # in place, so that names of weights stay
+            self.student.compile()
 
     def after_step(self) -> None:
         """To be called after each optimizer step."""

@@ -79,7 +79,7 @@ class TrainingResult:
     """What a finished run leaves in its folder, beside model.safetensors.
 
     Attributes:
-        card: who learned what from whom, and the last epoch's record (card.json).
+        card: who learned what from whom, and the record of the epoch whose student is kept (card.json).
         loss_S: of each step, the mean over its rows (metrics.json, as the next).
         epochs: a record of each: epoch, loss, lr, seconds since it began or was resumed, images_per_s, data_wait, and
             what evaluation found, which is on rank 0 alone.
@@ -100,10 +100,11 @@ def finished(job: TrainingJob) -> TrainingResult | None:
 
 
 def card_of(
-    job: TrainingJob, stores: Sequence[LabelStore], student: nn.Module, last: Mapping[str, Any]
+    job: TrainingJob, stores: Sequence[LabelStore], student: nn.Module, epochs: Sequence[Mapping[str, Any]], kept: int
 ) -> dict[str, Any]:
-    """The card of a student that learned from these stores; `last` is the record of its last epoch."""
+    """The card of a student that learned from these stores, in its state after the epoch `kept` of these records."""
     fields, store = dataclasses.asdict(job), stores[0]
+    patience = None if job.evaluate is None else job.evaluate.patience
     card = {
         **{name: fields[name] for name in ("student", "method", "data", "optimizer", "evaluate")},
         "input": {
@@ -119,7 +120,8 @@ def card_of(
         "teacher": store.spec.to_json()["teacher"],
         **({"first_stage": fields["first_stage"]} if job.first_stage is not None else {}),
         **({"ensemble": ensemble_of(job, stores)} if len(stores) > 1 else {}),
-        "metrics": dict(last),
+        **({} if patience is None else {"early_stop": {"best_epoch": kept, "epochs_trained": len(epochs)}}),
+        "metrics": dict(epochs[kept]),
         "versions": {"kddata": __version__, "torch": torch.__version__},
     }
     return json.loads(json.dumps(card))  # as it will be read back: lists for tuples

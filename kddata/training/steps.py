@@ -16,12 +16,14 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kddata import rng
@@ -95,6 +97,7 @@ def training_steps(
     capture: Capture | None = None,
     weights: Sequence[float] = (1.0,),
     mixture: bool = False,
+    accumulate: int = 1,
     clip_norm: float | None = None,
     bfloat16: bool = False,
     seed: int = 0,
@@ -111,17 +114,13 @@ def training_steps(
         capture: of the student's tensors that the method needs.
         weights: of the stores that batches come from, in order.
         mixture: whether the loss is against the mixture of their teachers.
+        accumulate: parts of a batch that pass through the network one after the other; the step is that of the whole.
         clip_norm: the norm of all gradients together is made this small where it is larger.
         bfloat16: whether the student's forward pass is autocast; losses are computed in float32 all the same.
     """
-    begin = time.perf_counter()
-    for number, batch in enumerate(batches, first_step):
-        wait_s = time.perf_counter() - begin
-        torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "step", number, rank)[:8], "little"))
-        lr = learning_rate(number)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
-        to_train_mode(network)  # evaluation may have come between
+
+    def learn(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradient of these rows. Their part of the step's mean loss, and of that by the stored labels."""
         pixels = pixels_of(batch.pixels_u8_B3SS)
         stored = Taught(batch.labels, batch.outputs, batch.others)
         taught = (stored if teach is None else teach(batch)).to(pixels.device)
@@ -149,16 +148,31 @@ def training_steps(
         if teach is not None:
             look = {**look, "parts": before} if look else {}
             cached_loss = loss_of(logits_BC.detach(), stored.to(logits_BC.device), look=look).detach()
-        optimizer.zero_grad()
         (loss * world_size).backward()  # the mean over ranks is then the gradient of the mean over the step's rows
+        return loss.detach(), cached_loss
+
+    begin = time.perf_counter()
+    for number, batch in enumerate(batches, first_step):
+        wait_s = time.perf_counter() - begin
+        torch.manual_seed(int.from_bytes(rng.key_bytes(seed, "step", number, rank)[:8], "little"))
+        lr = learning_rate(number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+        to_train_mode(network)  # evaluation may have come between
+        optimizer.zero_grad()
+        *early, last = batch.split(accumulate)
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and early else nullcontext():
+            found = [learn(part) for part in early]
+        found.append(learn(last))
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         optimizer.step()
+        cached = [cached_loss for _, cached_loss in found if cached_loss is not None]
         end = time.perf_counter()
         yield Step(
             number=number,
-            loss=loss.detach(),
-            cached_loss=cached_loss,
+            loss=torch.stack([loss for loss, _ in found]).sum(),
+            cached_loss=torch.stack(cached).sum() if cached else None,
             lr=lr,
             rows=batch.step_rows,
             image_ids=batch.image_ids,
