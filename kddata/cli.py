@@ -191,6 +191,17 @@ def sweep(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @command
+def evaluate(file: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Judges a student: accuracy, loss and calibration on labelled images, and fidelity to the teacher of a store.
+
+    \b
+    kddata evaluate jobs/configs/evaluate.yaml
+    kddata evaluate jobs/configs/evaluate.yaml student=null run=runs/s1 images=data/val.tar store=out/labels
+    """
+    commands.evaluate(file, overrides or (), as_json=as_json)
+
+
+@command
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder or URL of a finished run")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="a folder, tars, Parquet files; any URL")],

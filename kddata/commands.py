@@ -1,4 +1,4 @@
-"""The long commands, label, train and sweep, and plan, which says what the first of them will cost.
+"""The commands of job files: label, teach, train, evaluate, sweep, and plan, which says what the first will cost.
 
 They are what `kddata label` and jobs/label.py, `kddata train` and jobs/train.py, and so on do.
 
@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kddata.config import (
+    EvaluateFile,
     LabelFile,
     SweepFile,
     TeachFile,
     TrainFile,
+    judged_student,
     label_job,
     load,
     sweep_trials,
@@ -27,9 +29,11 @@ from kddata.config import (
 )
 from kddata.console import Bar, clock, table
 from kddata.errors import TrialsFailedError
+from kddata.evaluation import ECE_BINS
 
 if TYPE_CHECKING:
     from kddata.labelling import Estimate
+    from kddata.training import Judgement
 
 
 def label(path: str, overrides: Sequence[str] = (), *, extend: bool = False, as_json: bool = False) -> None:
@@ -166,6 +170,50 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             on_progress=show,
         )
     _say_card(job.run, result.card, as_json=as_json)
+
+
+def evaluate(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+    """Judges the student of an evaluate job file, and prints how good and how faithful it is. Raises KddataError."""
+    file = load(EvaluateFile, path, overrides)
+    import torch
+
+    from kddata.training import judge
+
+    torch.set_num_threads(file.threads)
+    found = judge(
+        judged_student(file),
+        images=file.images,
+        store=file.store,
+        store_images=file.store_images,
+        views=file.views,
+        batch_size=file.batch_size,
+        num_workers=file.loader_processes,
+    )
+    if as_json:
+        say(json.dumps(dataclasses.asdict(found)))
+        return
+    for name, text in judgement_lines(found):
+        say(f"{name:<12} {text}")
+
+
+def judgement_lines(found: Judgement) -> list[tuple[str, str]]:
+    """What `kddata evaluate` prints, as (name, text)."""
+    lines = [("student", f"{found.arch}, of {found.student}"), ("weights", f"sha256 {found.weights_sha256}")]
+    scores, fidelity = found.scores, found.fidelity
+    if scores:
+        lines += [
+            ("images", f"{found.images:,}, {found.labelled:,} of them with ground truth"),
+            ("top-1", f"{scores['top1']:.2%}"),
+            ("top-5", f"{scores['top5']:.2%}"),
+            ("loss", f"{scores['nll']:.4f} nats; Brier score {scores['brier']:.4f}"),
+            ("calibration", f"error {scores['ece']:.4f} (ECE, {ECE_BINS} bins), confidence {scores['confidence']:.2%}"),
+        ]
+    if fidelity is not None:
+        lines += [("fidelity", f"{fidelity.agreement:.2%} of {fidelity.views:,} views have the teacher's top-1")]
+        kept = "all classes" if fidelity.k == fidelity.num_classes else f"{fidelity.k} classes and one of all others"
+        kl = "unknown: the store has draws" if fidelity.kl is None else f"{fidelity.kl:.4f} nats at T = 1, over {kept}"
+        lines += [("KL", f"{kl} (teacher to student)")]
+    return lines
 
 
 def _say_card(run: str, card: Mapping[str, Any], *, as_json: bool) -> None:

@@ -4,6 +4,7 @@ Every key does something; an unknown one is an error that names the nearest. Not
 or YAML.
 """
 
+from kddata.config.evaluate import EvaluateFile, judged_student
 from kddata.config.label import LabelFile, label_job
 from kddata.config.reading import load
 from kddata.config.sweep import SweepFile, SweepTrial, sweep_trials
@@ -11,11 +12,13 @@ from kddata.config.teach import TeachFile, teaching_job
 from kddata.config.train import TrainFile, train_job
 
 __all__ = [
+    "EvaluateFile",
     "LabelFile",
     "SweepFile",
     "SweepTrial",
     "TeachFile",
     "TrainFile",
+    "judged_student",
     "label_job",
     "load",
     "sweep_trials",

@@ -10,29 +10,37 @@ from kddata.training.job import (
     StudentArgs,
     TrainingJob,
 )
+from kddata.training.judge import Fidelity, Judgement, judge
 from kddata.training.loop import check, train
 from kddata.training.predict import Predictions, normaliser, predict
 from kddata.training.results import Progress, TrainingResult, finished
 from kddata.training.steps import Step, training_steps
+from kddata.training.trained import TrainedStudent, open_student, student_of_weights
 
 __all__ = [
     "Classified",
     "DataArgs",
     "EvaluationArgs",
+    "Fidelity",
     "FirstStageArgs",
+    "Judgement",
     "Member",
     "OptimizerArgs",
     "Predictions",
     "Progress",
     "Step",
     "StudentArgs",
+    "TrainedStudent",
     "TrainingJob",
     "TrainingResult",
     "check",
     "classify",
     "finished",
+    "judge",
     "normaliser",
+    "open_student",
     "predict",
+    "student_of_weights",
     "train",
     "training_steps",
 ]

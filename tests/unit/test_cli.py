@@ -29,6 +29,7 @@ COMMANDS = (
     "extend",
     "train",
     "sweep",
+    "evaluate",
     "predict",
     "inspect",
     "verify",

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from kddata.config import (
+    EvaluateFile,
     LabelFile,
     SweepFile,
     TeachFile,
@@ -25,6 +26,7 @@ from kddata.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 EXAMPLES = [("label.yaml", LabelFile), ("train.yaml", TrainFile), ("teach.yaml", TeachFile), ("sweep.yaml", SweepFile)]
+EXAMPLES += [("evaluate.yaml", EvaluateFile)]
 LABEL: dict[str, Any] = {
     "images": "a/{00..03}.tar",
     "store": "out",
@@ -58,6 +60,8 @@ def test_every_example_is_a_job(path: Path) -> None:
         assert job.teacher.num_classes == 1000
     elif path.name.startswith("teach"):
         assert teaching_job(load(TeachFile, path)).network.num_classes == 100
+    elif path.name.startswith("evaluate"):
+        assert load(EvaluateFile, path).views == 10_000
     elif path.name.startswith("sweep"):
         assert len(sweep_trials(load(SweepFile, path))) == 12
     else:
