@@ -115,11 +115,15 @@ class Evaluate(Section):
 
 
 class RunPlace(Section):
-    """`run:` the folder storage/name holds checkpoints and the result; the same name goes on where it stopped."""
+    """`run:` the folder storage/name holds checkpoints and the result; the same name goes on where it stopped.
+
+    export: the result holds the student as a torch.export program, too.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     storage: str = "runs"
     checkpoint_steps: Count | None = None
+    export: bool = True
 
 
 class TrainCluster(Section):
@@ -220,6 +224,7 @@ def train_job(file: TrainFile) -> TrainingJob:
             patience=evaluate.patience,
         ),
         checkpoint_steps=file.run.checkpoint_steps,
+        export=file.run.export,
     )
 
 

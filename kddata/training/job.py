@@ -206,6 +206,7 @@ class TrainingJob:
         teacher: a teacher in the loop: it labels the same views anew, in place of the stored labels. It must be the
             store's own.
         first_stage: what the student learns before; None for nothing.
+        export: whether the result is kept as a torch.export program too; see `kddata.training.program`.
         checkpoint_steps: a checkpoint every so many steps, beside the one after each epoch.
     """
 
@@ -219,6 +220,7 @@ class TrainingJob:
     evaluate: EvaluationArgs | None = None
     teacher: TeacherArgs | None = None
     first_stage: FirstStageArgs | None = None
+    export: bool = False
     checkpoint_steps: int | None = None
     weight: float = 1.0
     others: tuple[Member, ...] = ()

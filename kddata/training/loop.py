@@ -24,6 +24,7 @@ from kddata.training.checks import check_job, identity, require_same_start, weig
 from kddata.training.exam import Exam
 from kddata.training.job import TrainingJob
 from kddata.training.predict import normaliser
+from kddata.training.program import exported
 from kddata.training.pupil import Pupil
 from kddata.training.results import History, Progress, TrainingResult, card_of, finished
 from kddata.training.run import Run
@@ -223,7 +224,10 @@ def train(
     student = pupil.result()
     card = card_of(job, [store, *others], student, history.epochs, kept)
     if rank == 0:
-        run.finish(student.state_dict(), card=card, metrics=history.metrics())
+        program = None
+        if job.export:
+            program, card["program"] = exported(student, size_px=job.data.size_px)
+        run.finish(student.state_dict(), card=card, metrics=history.metrics(), program=program)
     return TrainingResult(card=card, **history.metrics())
 
 

@@ -3,6 +3,7 @@
     job.json              what is trained, written first; a run of this name with another job is refused
     checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished; see `checkpoints`
     model.safetensors     the student's weights, alone
+    model.pt2             the student as a torch.export program, where that was asked for and could be; see `program`
     metrics.json          the loss of every step, and a record of every epoch
     nonfinite-RANK.json   of a run that stopped at a loss or a weight that is no number: the step, images and views
     card.json             who learned what from whom, and how well; written last, so a run that has it has finished
@@ -63,11 +64,19 @@ class Run:
             file.write(json.dumps({**found, "rows": rows}, indent=1).encode())
         return name
 
-    def finish(self, weights: Mapping[str, Tensor], *, card: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    def finish(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        card: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        program: bytes | None = None,
+    ) -> None:
         """Publishes the result, the card last, and removes the checkpoints."""
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         for name, data in (
             ("model.safetensors", save(tensors)),
+            *((("model.pt2", program),) if program is not None else ()),
             ("metrics.json", json.dumps(metrics).encode()),
             ("card.json", json.dumps(card, indent=2).encode()),
         ):

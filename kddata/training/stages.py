@@ -31,7 +31,13 @@ def first_stage_of(job: TrainingJob) -> TrainingJob:
         warmup_epochs=min(job.optimizer.warmup_epochs, stage.epochs),
     )
     return dataclasses.replace(
-        job, run=f"{job.run}/{_FOLDER}", method=hints, optimizer=optimizer, evaluate=None, first_stage=None
+        job,
+        run=f"{job.run}/{_FOLDER}",
+        method=hints,
+        optimizer=optimizer,
+        evaluate=None,
+        first_stage=None,
+        export=False,
     )
 
 
