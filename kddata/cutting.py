@@ -28,17 +28,25 @@ def cut(read: Read, sizes_px: Sequence[int], interpolation: Interpolation) -> li
         rows_of.setdefault(id(data), []).append(i)
     mixed = [] if read.rows.mix is None else [i for i, mix in enumerate(read.rows.mix) if mix is not None]
     place_of = {row: place for place, row in enumerate(mixed)}
+    views = [read.rows.view_at(row) for row in range(len(read.rows))]
     for rows in rows_of.values():
-        image = decode(read.images[rows[0]], max_pixels=_NO_LIMIT)
+        image = decode(read.images[rows[0]], max_pixels=_NO_LIMIT, rows=_bottom([views[row] for row in rows]))
         for row in rows:
             partner = _partner(read, place_of[row]) if row in place_of else None
             for rendered, size_px in zip(pixels, sizes_px, strict=True):
                 lent = None if partner is None else render(*partner, size_px=size_px, interpolation=interpolation)
-                view = read.rows.view_at(row)
-                rendered[row] = render(image, view, size_px=size_px, interpolation=interpolation, partner=lent)
+                rendered[row] = render(image, views[row], size_px=size_px, interpolation=interpolation, partner=lent)
     return pixels
+
+
+def _bottom(views: Sequence[View]) -> int | None:
+    """How many rows of their image these views are cut from; None for all, where one takes the whole image first."""
+    if any(view.resize is not None for view in views):
+        return None
+    return max(view.box[0] + view.box[2] for view in views)
 
 
 def _partner(read: Read, place: int) -> tuple[Tensor, View]:
     assert read.partner_rows is not None
-    return decode(read.partner_images[place], max_pixels=_NO_LIMIT), read.partner_rows.view_at(place).unmixed
+    view = read.partner_rows.view_at(place).unmixed
+    return decode(read.partner_images[place], max_pixels=_NO_LIMIT, rows=_bottom([view])), view

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from kddata.errors import SourceError
-from kddata.images import ImageRef, ImageSource, image_hash, open_source
+from kddata.images import ImageRef, ImageSource, image_hash, in_order, open_source
 from kddata.labels import SoftLabels
 from kddata.order import Order, Window, window_rows_for
 from kddata.store import Choice, LabelRows, LabelStore, require_members, require_same_rows
 
+_REMOTE_AHEAD = 31  # image shards of a batch that are read from at once: most hold few of its images
 _ROW_BYTES = 200  # of a label row in memory, apart from its soft label
 
 
@@ -138,6 +139,8 @@ class Reader:
         require_members(store, others)
         self._store, self._source, self._order, self._outputs = store, source, order, tuple(outputs)
         self._others, self._choice = list(others), choice
+        places = (source.location,) if isinstance(source.location, str) else source.location
+        self._ahead = _REMOTE_AHEAD if any("://" in place for place in places) else 0
         self._held: _Held | None = None
 
     def read(self, epoch: int, start: int, stop: int) -> Read:
@@ -227,8 +230,9 @@ class Reader:
         return found.labels
 
     def _images(self, rows: LabelRows) -> list[bytes]:
-        """The image of each row, each image read once, shard by shard in the order of the bytes."""
+        """The image of each row, each image read once, by shard and place; remote shards are read abreast."""
         found: list[bytes] = [b""] * len(rows)
+        groups: list[tuple[str, list[ImageRef], dict[str, list[int]]]] = []
         by_place = np.lexsort((rows.offset, rows.source))
         borders = np.flatnonzero(np.diff(rows.source[by_place])) + 1
         for group in np.split(by_place, borders):
@@ -242,7 +246,10 @@ class Reader:
                 ImageRef(image_id=image_id, label=None, offset=int(rows.offset[i]), length=int(rows.length[i]))
                 for image_id, (i, *_) in users.items()
             ]
-            for ref, data in self._source.stream(name, refs):
+            groups.append((name, refs, users))
+        read = in_order(lambda group: list(self._source.stream(group[0], group[1])), groups, ahead=self._ahead)
+        for (name, _, users), images in zip(groups, read, strict=True):
+            for ref, data in images:
                 wanted = users[ref.image_id]
                 if (rows.image_hash[wanted] != np.uint64(image_hash(data))).any():
                     raise SourceError(

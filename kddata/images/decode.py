@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +28,17 @@ from torch import Tensor
 
 from kddata.errors import BadImageError
 
+try:
+    import simplejpeg
+except ImportError:  # an extra: kddata[fast]
+    simplejpeg = None
+
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _PIL_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # convert() keeps 8 bits
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm"}
 _JPEG_START = b"\xff\xd8\xff"
+_proofs_left: int | None = 8  # None once one has failed
+_log = logging.getLogger(__name__)
 _RGB = 3  # torchvision.io.ImageReadMode.RGB.value
 # What Pillow's plugins raise on bytes that are not what they claim to be; it promises no common base.
 _PIL_ERRORS = (
@@ -50,7 +59,8 @@ _PIL_ERRORS = (
 def image_size(data: bytes) -> tuple[int, int]:
     """(height_px, width_px), from the header alone. Raises BadImageError for what is no image."""
     if data.startswith(_JPEG_START):
-        return _jpeg_header(data)[:2]
+        frame = _jpeg_header(data)
+        return frame.height_px, frame.width_px
     with _opened(data) as image:
         return image.height, image.width
 
@@ -69,18 +79,23 @@ def image_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def decode(data: bytes, *, max_pixels: int) -> Tensor:
+def decode(data: bytes, *, max_pixels: int, rows: int | None = None) -> Tensor:
     """The pixels of an encoded image, uint8 [3, H, W], RGB, with the channels innermost in memory.
 
     Greyscale fills three channels; palettes, CMYK and alpha become RGB; 16-bit channels keep their high byte.
 
+    Args:
+        rows: only so many rows from the top are wanted: there may be fewer than H then, with the same pixels. Damage
+            below them may go unnoticed. It saves time where simplejpeg is installed.
+
     Raises BadImageError for no image, for one that is cut or damaged, and for one of more than max_pixels pixels.
     """
     if data.startswith(_JPEG_START):
-        height_px, width_px, common = _jpeg_header(data)
-        if common:
-            _check_pixels(height_px, width_px, max_pixels)
-            return _decode_jpeg(data)
+        frame = _jpeg_header(data)
+        if frame.common:
+            _check_pixels(frame.height_px, frame.width_px, max_pixels)
+            first = None if rows is None else _first_rows(data, frame, rows)
+            return _decode_jpeg(data) if first is None else first
     with _opened(data) as image:
         _check_pixels(image.height, image.width, max_pixels)
         if image.mode.startswith("I;16"):  # convert() would clip these to white
@@ -125,22 +140,43 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise _bad(f"{len(data)} bytes: {error}") from error
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, bool]:
-    """(height_px, width_px, whether it has 8 bits and is greyscale or in three channels).
+class _Frame(NamedTuple):
+    """What the frame header of a JPEG says. `common`: it has 8 bits and is greyscale or in three channels."""
 
-    Walks segments as libjpeg does, so that both see one frame header. Pillow's look would cost 55 us instead of 3.
+    height_px: int
+    width_px: int
+    common: bool
+    marker: int
+    position: int  # of what follows the marker
+    channels: int
+
+
+def _jpeg_header(data: bytes) -> _Frame:
+    """The first frame header. Walks segments as libjpeg does, so that both see one frame header.
+
+    Pillow's look would cost 55 us instead of 3.
     """
     try:
-        height_px, width_px, common = _jpeg_frame(data)
+        frame = _jpeg_frame(data)
     except (IndexError, struct.error) as error:
         raise _bad(f"JPEG of {len(data)} bytes, cut inside the header") from error
-    if height_px < 1 or width_px < 1:
-        raise _bad(f"JPEG of {width_px} x {height_px} px")
-    return height_px, width_px, common
+    if frame.height_px < 1 or frame.width_px < 1:
+        raise _bad(f"JPEG of {frame.width_px} x {frame.height_px} px")
+    return frame
 
 
-def _jpeg_frame(data: bytes) -> tuple[int, int, bool]:
-    position = 2
+def _jpeg_frame(data: bytes) -> _Frame:
+    for marker, position in _segments(data, 2):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, position + 2)
+            return _Frame(height, width, bits == 8 and channels in (1, 3), marker, position, channels)
+        if marker in (0xD8, 0xD9, 0xDA):
+            break
+    raise _bad("a JPEG without a frame header")
+
+
+def _segments(data: bytes, position: int) -> Iterator[tuple[int, int]]:
+    """(marker, position of what follows it) of the segments from here on. Stops at no marker by itself."""
     while True:
         while data[position] != 0xFF:
             position += 1
@@ -149,15 +185,60 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, bool]:
         marker, position = data[position], position + 1
         if marker <= 0x01 or 0xD0 <= marker <= 0xD7:
             continue  # stuffed zero, TEM, restarts: markers without a length
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, position + 2)
-            return height, width, bits == 8 and channels in (1, 3)
-        if marker in (0xD8, 0xD9, 0xDA):
-            raise _bad("a JPEG without a frame header")
+        yield marker, position
         (length,) = struct.unpack_from(">H", data, position)
         if length < 2:
             raise _bad("a JPEG with a segment of negative length")
         position += length
+
+
+def _first_rows(data: bytes, frame: _Frame, rows: int) -> Tensor | None:
+    """The first rows of a JPEG and a few more, decoded from a copy whose header says that there are no others.
+
+    A sequential JPEG of one scan holds its rows from top to bottom in rows of blocks (MCUs): a decoder that is told of
+    fewer stops there, and only the lowest of what it then gives may differ, since upsampled colours look at the row
+    of blocks below. So one more of them is kept. Progressive images hold every row in each scan. None where that cannot
+    be had or saves nothing, and without simplejpeg: torchvision's decoder tells stderr of the bytes that are left.
+
+    Both are builds of libjpeg-turbo and give equal pixels; the first few images of each process prove it, and where
+    they do not, simplejpeg is not used.
+    """
+    global _proofs_left
+    if simplejpeg is None or _proofs_left is None or frame.marker not in (0xC0, 0xC1):
+        return None
+    factors = [data[frame.position + 9 + 3 * channel] & 0x0F for channel in range(frame.channels)]
+    block_px = 8 * (max(factors) if frame.channels > 1 else 1)
+    wanted = (-(-rows // block_px) + 1) * block_px
+    if rows < 1 or wanted >= frame.height_px or not _is_one_scan(data, frame):
+        return None
+    shorter = bytearray(data)
+    struct.pack_into(">H", shorter, frame.position + 3, wanted)
+    try:
+        first = torch.from_numpy(simplejpeg.decode_jpeg(shorter, strict=False)).permute(2, 0, 1)
+    except ValueError as error:
+        raise _bad(f"JPEG of {len(data)} bytes: {error}") from error
+    if _proofs_left:
+        _proofs_left -= 1
+        whole = _decode_jpeg(data)
+        if not torch.equal(first[:, :rows], whole[:, :rows]):
+            _proofs_left = None
+            _log.warning("simplejpeg gives other pixels here than torchvision: it is not used, which costs time")
+            return whole
+    return first
+
+
+def _is_one_scan(data: bytes, frame: _Frame) -> bool:
+    """Whether the first scan holds all channels, so that there is no other; a second frame header is none of ours."""
+    try:
+        (length,) = struct.unpack_from(">H", data, frame.position)
+        for marker, position in _segments(data, frame.position + length):
+            if marker == 0xDA:
+                return data[position + 2] == frame.channels
+            if marker in (0xD8, 0xD9) or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+                return False
+    except (IndexError, struct.error):
+        pass
+    return False
 
 
 def _bad(actual: str) -> BadImageError:

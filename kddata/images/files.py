@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from kddata.errors import SourceError
 SCHEMES = ("file", "memory", "s3", "gs", "abfs", "http", "https")
 _BRACE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MAX_FILES = 10_000_000
+TRIES = 6  # of a read from remote storage
+PAUSE_S = 0.1  # before the second; twice as long before each further one
 _BLOCK_BYTES = 4 << 20  # of a remote file read at once while its headers are walked
 
 Item = TypeVar("Item")
@@ -161,7 +164,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
                 data = file.read(max(0, min(stop, os.fstat(file.fileno()).st_size) - start))
         else:
             system, path = file_system(url)
-            data = system.cat_file(path, start=start, end=stop)
+            data = _patiently(lambda: system.cat_file(path, start=start, end=stop))
     if len(data) != stop - start:
         raise SourceError(
             "image files stay as they were when they were scanned, and their servers honour byte ranges",
@@ -170,6 +173,20 @@ def read_range(url: str, start: int, stop: int) -> bytes:
             fix="bring the former file back, or start again with the new one",
         )
     return data
+
+
+def _patiently(call: Callable[[], Result]) -> Result:
+    """What a call to a remote storage gives, tried again with growing pauses where the network or a server failed."""
+    for number in range(TRIES):
+        try:
+            return call()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            raise
+        except Exception:  # of aiohttp, botocore and others: they share no base
+            if number == TRIES - 1:
+                raise
+            time.sleep(PAUSE_S * 2**number)
+    raise AssertionError
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
@@ -221,5 +238,10 @@ def _reading(url: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(url) from None
-    except OSError as error:
-        raise SourceError("images can be read", actual=error, where=url, fix="check permissions and storage") from error
+    except Exception as error:
+        if is_local(url) and not isinstance(error, OSError):
+            raise
+        actual = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise SourceError(
+            "images can be read", actual=actual, where=url, fix="check permissions, storage and network"
+        ) from error

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import struct
+import sys
 import tarfile
 import warnings
 import zlib
@@ -186,6 +187,59 @@ def test_a_jpeg_frame_behind_long_segments_and_fill_bytes_is_found() -> None:
     commented = data[:2] + comment + data[2:]
     assert image_size(commented) == (37, 53)
     assert torch.equal(decode(commented, max_pixels=LIMIT), decode(data, max_pixels=LIMIT))
+
+
+MODULE = sys.modules["kddata.images.decode"]  # the package has a function of that name
+FORMS: list[dict[str, object]] = [
+    {"subsampling": "4:4:4"},
+    {"subsampling": "4:2:2"},
+    {"subsampling": "4:2:0"},
+    {"subsampling": "4:2:0", "optimize": True},
+    {"subsampling": "4:2:0", "restart_marker_blocks": 3},
+    {"subsampling": "4:4:4", "restart_marker_rows": 1},
+    {"progressive": True},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(f"{key}={value}" for key, value in form.items()))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_first_rows_alone_are_those_of_the_whole_image(mode: str, form: dict[str, object]) -> None:
+    pytest.importorskip("simplejpeg")
+    noise = np.random.default_rng(0).integers(0, 256, (101, 67, 3), dtype=np.uint8)
+    picture = small_image(2, height_px=101, width_px=67) // 2 + noise // 2
+    data = saved(Image.fromarray(picture).convert(mode), "JPEG", quality=85, **form)
+    whole, heights = decode(data, max_pixels=LIMIT), set()
+    for rows in range(1, 102):
+        first = decode(data, max_pixels=LIMIT, rows=rows)
+        assert first.dtype == torch.uint8
+        assert torch.equal(first[:, :rows], whole[:, :rows]), rows
+        heights.add(first.shape[1])
+    assert len(heights) == 1 if "progressive" in form else len(heights) > 3
+
+
+def test_rows_cost_nothing_of_an_image_that_is_no_jpeg_or_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in (encode(PIXELS, "png"), encode(PIXELS, "jpg")):
+        monkeypatch.setattr(MODULE, "simplejpeg", None)
+        assert torch.equal(decode(data, max_pixels=LIMIT, rows=3), decode(data, max_pixels=LIMIT))
+
+
+def test_a_decoder_that_gives_other_pixels_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simplejpeg = pytest.importorskip("simplejpeg")
+    honest, calls = simplejpeg.decode_jpeg, []
+
+    def other(data: bytes, **options: object) -> np.ndarray:
+        calls.append(1)
+        return honest(data, **options) ^ 1
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", other)
+    monkeypatch.setattr(MODULE, "_proofs_left", 8)
+    data = encode(PIXELS, "jpg")
+    for _ in range(2):
+        assert torch.equal(decode(data, max_pixels=LIMIT, rows=3), decode(data, max_pixels=LIMIT))
+    assert len(calls) == 1
+    assert "simplejpeg gives other pixels here" in caplog.text
 
 
 def test_image_hash_is_of_the_encoded_bytes() -> None:

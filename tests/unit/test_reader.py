@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,23 @@ def test_window_sizes_depend_on_the_store_alone(tmp_path):
     few, many = (make_store(tmp_path / str(k), num_images=4, num_classes=k, k=k) for k in (10, 400))
     assert order_of(few, 0).window_rows == 2**18
     assert order_of(many, 0).window_rows == 2**28 // (200 + 8 * 400 + 4)
+
+
+def test_remote_image_shards_are_read_at_once_and_local_ones_in_turn(tmp_path):
+    """Reads of the two shards of a batch wait for each other: in turn they would never meet."""
+    store = make_store(tmp_path, num_images=12)
+    source = open_images(store)
+    meeting, threads = threading.Barrier(2, timeout=30), set()
+
+    class Far:
+        location, kind = "s3://far/away", source.kind
+
+        def stream(self, name, refs):
+            meeting.wait()
+            threads.add(threading.get_ident())
+            return source.stream(name, refs)
+
+    order = order_of(store, 0)
+    far, near = Reader(store, Far(), order).read(0, 0, 24), Reader(store, source, order).read(0, 0, 24)
+    assert far.images == near.images
+    assert len(threads) == 2
