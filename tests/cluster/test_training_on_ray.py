@@ -94,5 +94,7 @@ def test_an_error_for_users_comes_out_of_a_rank_as_it_was_and_is_not_tried_again
 def test_too_few_cpus_are_said_at_once(root: Path) -> None:
     with pytest.raises(ResourceError, match=r"3 workers of 1 CPUs each, and room for 2: .*\(in cluster\.workers\)"):
         train(job(root, "large"), workers=3)
+    with pytest.raises(ResourceError, match=r"1 workers of 1 CPUs and 1 GPUs each, and room for 0: 2 CPUs and 0 GPUs"):
+        train(job(root, "large"), gpus_per_worker=1)
     with pytest.raises(ResourceError, match=r"2 workers of 2 CPUs each, and room for 1"):
         train(job(root, "large"), workers=2, loader_processes=1)

@@ -384,6 +384,20 @@ def test_what_cannot_work_is_refused_before_the_first_step(job, changes, error, 
         train(dataclasses.replace(job, **changes), report=stop_after(0))
 
 
+def test_other_images_under_the_names_of_the_labelled_ones_are_refused_before_the_first_step(job, tmp_path):
+    others = make_images(tmp_path / "others", num_images=30, num_classes=5, seed=1)
+    seen = []
+
+    def watch(network: nn.Module) -> nn.Module:
+        network.register_forward_hook(lambda *_: seen.append(1))
+        return network
+
+    with pytest.raises(SourceError, match=r"image-000\d\d"):
+        train(dataclasses.replace(job, images=others), wrap=watch)
+    assert not seen
+    assert train(job).loss_S, "the run can be gone on with, from the right ones"
+
+
 def test_a_hard_term_without_ground_truth_is_refused(job, tmp_path):
     store = make_store(tmp_path / "unlabelled", num_images=10, num_classes=5, labelled=False, temperatures=(1.0, 2.0))
     job = dataclasses.replace(job, store=store.url)
