@@ -22,7 +22,7 @@ from kddata.config.reading import (
 from kddata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kddata.training import TrainingJob
+    from kddata.training import StudentArgs, TrainingJob
 
 
 class Student(Section):
@@ -150,8 +150,9 @@ class Member(Section):
 class TrainFile(Section):
     """A train job: a store, or several over the same views -> a student.
 
-    `method` is {name, and the arguments of that loss}. combine, of several stores: losses adds up the loss against each
-    with its weight; mixture takes the loss against the weighted mixture of the teachers' probabilities.
+    `method` is {name, and the arguments of that loss}. peers: the other students of a cohort, for method dml. combine,
+    of several stores: losses adds up the loss against each with its weight; mixture takes the loss against the weighted
+    mixture of the teachers' probabilities.
     """
 
     store: str | Annotated[tuple[Member, ...], Field(min_length=1)]
@@ -159,6 +160,7 @@ class TrainFile(Section):
     images: Location | None = None
     student: Student
     first_stage: FirstStage | None = None
+    peers: tuple[Student, ...] = ()
     method: dict[str, Any]
     data: Data
     optimizer: Optimizer
@@ -177,7 +179,7 @@ def train_job(file: TrainFile) -> TrainingJob:
     from kddata.corruption import ClassImbalance, LabelNoise
 
     method, stage = _method(file.method, "method"), file.first_stage
-    student, evaluate = file.student, file.evaluate
+    evaluate = file.evaluate
     first, *others = (Member(url=file.store),) if isinstance(file.store, str) else file.store
     return training.TrainingJob(
         store=absolute(first.url),
@@ -185,15 +187,8 @@ def train_job(file: TrainFile) -> TrainingJob:
         others=tuple(training.Member(url=absolute(member.url), weight=member.weight) for member in others),
         combine=file.combine,
         run=absolute(file.run.storage).rstrip("/") + "/" + file.run.name,
-        student=training.StudentArgs(
-            arch=absolute_arch(student.arch),
-            num_classes=student.num_classes,
-            weights=absolute_weights(student.weights),
-            new_head=student.new_head,
-            freeze_batchnorm=student.freeze_batchnorm,
-            precision=student.precision,
-            compile=student.compile,
-        ),
+        student=_student(file.student),
+        peers=tuple(map(_student, file.peers)),
         first_stage=None
         if stage is None
         else training.FirstStageArgs(
@@ -226,6 +221,14 @@ def train_job(file: TrainFile) -> TrainingJob:
         checkpoint_steps=file.run.checkpoint_steps,
         export=file.run.export,
     )
+
+
+def _student(student: Student) -> StudentArgs:
+    from kddata import training
+
+    fields = student.model_dump()
+    places = {"arch": absolute_arch(student.arch), "weights": absolute_weights(student.weights)}
+    return training.StudentArgs(**{**fields, **places})
 
 
 def _method(values: dict[str, Any], where: str) -> dict[str, Any]:

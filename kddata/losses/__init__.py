@@ -10,6 +10,7 @@ from kddata.losses.crd import ContrastiveBank, contrastive_loss
 from kddata.losses.ctkd import LearnedTemperature, ctkd_loss
 from kddata.losses.dist import dist_loss
 from kddata.losses.dkd import dkd_loss
+from kddata.losses.dml import dml_loss
 from kddata.losses.fitnets import HintRegressor, fitnets_loss
 from kddata.losses.fsp import fsp_loss
 from kddata.losses.ft import ft_loss
@@ -25,6 +26,7 @@ from kddata.losses.nkd import nkd_loss
 from kddata.losses.nst import nst_loss
 from kddata.losses.ofa import ofa_loss
 from kddata.losses.ofd import batchnorm_margin, ofd_loss, ofd_margin
+from kddata.losses.one import Gate, one_loss
 from kddata.losses.pkt import pkt_loss
 from kddata.losses.reviewkd import Fusion, ReviewFusion, reviewkd_loss
 from kddata.losses.rkd import rkd_angle_loss, rkd_distance_loss, rkd_loss
@@ -40,6 +42,7 @@ __all__ = [
     "Connector",
     "ContrastiveBank",
     "Fusion",
+    "Gate",
     "HintRegressor",
     "LearnedTemperature",
     "Method",
@@ -63,6 +66,7 @@ __all__ = [
     "ctkd_loss",
     "dist_loss",
     "dkd_loss",
+    "dml_loss",
     "feature_mean_loss",
     "fitnets_loss",
     "fsp_loss",
@@ -79,6 +83,7 @@ __all__ = [
     "ofa_loss",
     "ofd_loss",
     "ofd_margin",
+    "one_loss",
     "pkt_loss",
     "reviewkd_loss",
     "rkd_angle_loss",

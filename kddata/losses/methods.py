@@ -21,6 +21,7 @@ from kddata.losses.arguments import check_value, unknown
 from kddata.losses.ctkd import LearnedTemperature, ctkd_loss
 from kddata.losses.dist import dist_loss
 from kddata.losses.dkd import dkd_loss
+from kddata.losses.dml import dml_loss
 from kddata.losses.hard import Reduction, hard_loss
 from kddata.losses.kd import KDArgs, kd_loss
 from kddata.losses.lskd import lskd_loss
@@ -29,6 +30,7 @@ from kddata.losses.mlkd import MLKD_TEMPERATURES, mlkd_loss
 from kddata.losses.needs import Needs, Seen
 from kddata.losses.nkd import nkd_loss
 from kddata.losses.ofa import ofa_loss
+from kddata.losses.one import one_loss
 from kddata.losses.sums import sum_of
 from kddata.losses.terms import TERMS, Shapes
 from kddata.losses.ttm import ttm_loss
@@ -63,6 +65,9 @@ def make(name: str, **args: Any) -> Method:
         mlkd    temperatures=(2, 3, 4, 5, 6), tail=None
         ctkd    start=1, span=20, ramp_steps=0; a learned temperature
         aekt    temperature=4, explicit=1, implicit=1, max_ratio=2, tail=None; a learned head
+        dml     teacher=False; mutual learning of several students, with a cached teacher as one more peer
+        one     node, branches=3, temperature=3, teacher=False; branches of one student and their gate, with their own
+                cross-entropy
         sum     terms: a list of methods, each with its `weight`
 
     From dkd to aekt, the loss is `weight * method + hard_weight * cross-entropy` (both 1 by default), and all classes
@@ -247,6 +252,64 @@ def _ctkd(
     return ctkd_loss(student_logits_BC, labels, targets_B, temperature=seen.parts(), **more)
 
 
+def _dml(
+    student_logits_BC: Tensor,
+    labels: SoftLabels | None,
+    targets_B: Tensor | None,
+    *,
+    seen: Seen,
+    teacher: bool = False,
+    ignore_index: int = -100,
+    **more: Any,
+) -> Tensor:
+    return dml_loss(student_logits_BC, seen.student["peers"], labels if teacher else None, **more)
+
+
+def _one(
+    student_logits_BC: Tensor,
+    labels: SoftLabels | None,
+    targets_B: Tensor | None,
+    *,
+    node: str,
+    seen: Seen | None = None,
+    branches: int = 3,
+    temperature: float = 3.0,
+    teacher: bool = False,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    weights_B: Tensor | None = None,
+) -> Tensor:
+    if targets_B is None or seen is None:
+        raise ConfigError("method one needs targets_B and its branches", actual="None", fix=HARD_ALONE)
+    return one_loss(
+        seen.student["branches"],
+        seen.student["gate"],
+        targets_B,
+        labels if teacher else None,
+        temperature=temperature,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        weights_B=weights_B,
+    )
+
+
+def _dml_needs(args: dict[str, Any]) -> Needs:
+    return Needs(cohort="peers", temperatures=(1.0,) if args["teacher"] else (), one_target=True)
+
+
+def _one_needs(args: dict[str, Any]) -> Needs:
+    if args["branches"] < 2:
+        raise ConfigError("method one has two branches or more", actual=args["branches"], where="method.branches")
+    return Needs(
+        cohort="branches",
+        branches=args["branches"],
+        node=args["node"],
+        temperatures=(args["temperature"],) if args["teacher"] else (),
+        targets=True,
+        one_target=True,
+    )
+
+
 def _without(args: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key not in names}
 
@@ -295,5 +358,7 @@ METHODS: dict[str, _Entry] = {
         parts=lambda args, student, teacher: ClassHead(*student["logits"]),
         head=_class_head,
     ),
+    "dml": _Entry(_dml, _dml_needs, sees=True),
+    "one": _Entry(_one, _one_needs, weighted=False, sees=True),
     **{name: _Entry(term.loss, term.needs, parts=term.parts, of_features=True) for name, term in TERMS.items()},
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ class Needs:
         image_ids: whether it must know which image each row is.
         one_worker: whether one process must see every row.
         boundary: whether the student also answers the stored boundary samples, as its tensor `boundary_logits`.
+        cohort: peers: it is called with the logits of the other students, `peers` [B, P, C]; branches: with those of
+            all branches of one student, `branches` [B, M, C], and their `gate` [B, M].
+        branches: how many those are; node: after which module they part.
         views: so many views of each image are in a step, where it has one.
         classifiers: (safetensors file, layer) of each teacher's classifier that it reads.
     """
@@ -46,13 +50,21 @@ class Needs:
     image_ids: bool = False
     one_worker: bool = False
     boundary: bool = False
+    cohort: Literal["", "peers", "branches"] = ""
+    branches: int = 0
+    node: str = ""
     views: int = 1
     classifiers: tuple[tuple[str, str], ...] = ()
 
     @property
     def sees(self) -> bool:
         """Whether it is called with more than logits, labels and targets."""
-        return self.of_features or self.image_ids
+        return self.of_features or self.image_ids or self.cohort != ""
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Names of the tensors that a cohort makes."""
+        return {"": (), "peers": ("peers",), "branches": ("branches", "gate")}[self.cohort]
 
     @property
     def of_features(self) -> bool:
@@ -80,6 +92,7 @@ class Seen:
         """Raises ConfigError naming what a method needs and was not given."""
         missing = [f"outputs[{x!r}]" for x in needs.outputs if x not in self.outputs]
         missing += [f"student[{x!r}]" for x in needs.student if x not in self.student]
+        missing += [f"student[{x!r}]" for x in needs.live if x not in self.student]
         missing += ["parts"] if needs.parts and self.parts is None else []
         missing += ["image_ids"] if needs.image_ids and self.image_ids is None else []
         if missing:

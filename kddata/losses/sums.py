@@ -22,6 +22,8 @@ def sum_of(terms: Sequence[Method], weights: Sequence[float]) -> Method:
     """The method whose loss is the sum of weight * loss. Raises ConfigError for terms that cannot learn together."""
     if len({x.needs.sampled for x in terms if x.needs.temperatures}) > 1:
         raise ConfigError("terms of a sum learn from one kind of labels", actual="sampled and top classes")
+    if live := [x.name for x in terms if x.needs.cohort]:
+        raise ConfigError("terms of a sum are of one student", actual=f"method {live[0]}", fix="train with it alone")
     heads = [i for i, x in enumerate(terms) if x.head is not None]
     if len(heads) > 1:
         raise ConfigError("at most one term of a sum has a head", actual=[terms[i].name for i in heads])
@@ -42,6 +44,8 @@ def _joined(needs: list[Needs]) -> Needs:
         values = [getattr(x, name) for x in needs]
         if isinstance(values[0], bool):
             found[name] = any(values)
+        elif isinstance(values[0], str):
+            found[name] = values[0]
         elif isinstance(values[0], int):
             found[name] = max(values)
         else:

@@ -46,6 +46,7 @@ def check_job(
             where=store.url,
             fix=f"set student.num_classes={spec.teacher.num_classes}",
         )
+    _check_cohort(job, method)
     if job.student.compile and (method.needs.of_features or method.needs.boundary):
         raise ConfigError(
             "a compiled student is for methods on logits",
@@ -117,6 +118,33 @@ def check_job(
         open_source(job.evaluate.images).shard_names()
 
 
+def _check_cohort(job: TrainingJob, method: Method) -> None:
+    """Refuses peers without mutual learning, mutual learning without peers, and what a cohort has not."""
+    if (method.needs.cohort == "peers") != bool(job.peers):
+        raise ConfigError(
+            "method dml is of several students, and others of one",
+            actual=f"method {method.name} with {len(job.peers)} peers",
+            fix="name the other students under peers" if not job.peers else "set method.name=dml, or leave peers out",
+        )
+    if not method.needs.cohort:
+        return
+    students = (job.student, *job.peers)
+    unfit = {
+        "a teacher in the loop": job.teacher is not None,
+        "several stores": bool(job.others),
+        "a first stage": job.first_stage is not None,
+        "student.compile": any(student.compile for student in students),
+        "student.weights, where branches would start alike": method.needs.cohort == "branches"
+        and job.student.weights is not None,
+        "students of different numbers of classes": len({student.num_classes for student in students}) > 1,
+    }
+    found = [what for what, there in unfit.items() if there]
+    if found:
+        raise ConfigError(
+            f"method {method.name} trains a cohort as it is", actual=f"with {found[0]}", fix="leave it out"
+        )
+
+
 def _check_ensemble(job: TrainingJob, stores: Sequence[LabelStore], method: Method) -> None:
     if len(stores) == 1:
         return
@@ -153,16 +181,25 @@ def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] =
     fields = dataclasses.asdict(job)
     for name in ("store", "weight", "others", "combine", "run", "images", "export", "checkpoint_steps"):
         del fields[name]
-    for section, name, default in _ADDED:
-        if fields[section][name] == default:
-            del fields[section][name]  # as before there was a choice
+    for section in ("student", "data", "optimizer"):
+        fields[section] = _without_added(section, fields[section])
     if job.evaluate is not None and job.evaluate.patience is None:
         del fields["evaluate"]["metric"], fields["evaluate"]["patience"]
     if job.first_stage is None:
         del fields["first_stage"]
+    if job.peers:
+        fields["peers"] = [_without_added("student", peer) for peer in fields["peers"]]
+    else:
+        del fields["peers"]
     if others or job.weight != 1:
         fields["ensemble"] = ensemble_of(job, [store, *others])
     return {**fields, "store": content_sha256(store)}
+
+
+def _without_added(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """These values without those that are as they were before there was a choice."""
+    added = {name: default for where, name, default in _ADDED if where == section}
+    return {name: value for name, value in values.items() if name not in added or value != added[name]}
 
 
 def ensemble_of(job: TrainingJob, stores: Sequence[LabelStore]) -> dict[str, Any]:

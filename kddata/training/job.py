@@ -203,6 +203,7 @@ class TrainingJob:
         run: URL of the folder of this run, for checkpoints and its result.
         method: {"name": of a loss, and its arguments}.
         images: where the images lie now, if they moved since they were labelled.
+        peers: the other students of a cohort that learns from each other (method dml).
         teacher: a teacher in the loop: it labels the same views anew, in place of the stored labels. It must be the
             store's own.
         first_stage: what the student learns before; None for nothing.
@@ -218,6 +219,7 @@ class TrainingJob:
     optimizer: OptimizerArgs
     images: str | tuple[str, ...] | None = None
     evaluate: EvaluationArgs | None = None
+    peers: tuple[StudentArgs, ...] = ()
     teacher: TeacherArgs | None = None
     first_stage: FirstStageArgs | None = None
     export: bool = False

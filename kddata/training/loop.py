@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from kddata import losses
 from kddata.losses import Method
 from kddata.replay import Replay, replay_loader
 from kddata.store import LabelStore
 from kddata.training.checks import check_job, identity, require_same_start, weights
+from kddata.training.cohort import Cohort, Optimizers
 from kddata.training.exam import Exam
 from kddata.training.job import TrainingJob
+from kddata.training.mutual import mutual_steps
 from kddata.training.predict import normaliser
 from kddata.training.program import exported
 from kddata.training.pupil import Pupil
@@ -31,7 +34,6 @@ from kddata.training.run import Run
 from kddata.training.stages import first_stage_of, reported, second_stage_of
 from kddata.training.steps import Meter, Step, mean_losses, require_finite, training_steps
 from kddata.training.stopping import best_epoch, copied, is_over, of_rank_0
-from kddata.training.students import make_optimizer
 from kddata.training.teaching import teacher_in_the_loop
 
 _LOOK_STEPS = 16
@@ -89,8 +91,8 @@ def train(
     on_gpu = device.startswith("cuda")
     pixels_of = normaliser(store.spec.teacher.mean, store.spec.teacher.std, device)
     teach = None if job.teacher is None else teacher_in_the_loop(job.teacher, store, method, device)
-    pupil = Pupil(begun, store, method, pixels_of=pixels_of, device=device)
-    optimizer = make_optimizer(job.optimizer, pupil.network, pupil.student)
+    pupil = (Cohort if job.peers else Pupil)(begun, store, method, pixels_of=pixels_of, device=device)
+    optimizer = pupil.optimizer(job.optimizer)
     history = History()
     best: dict[str, Any] | None = None  # the pupil after the best evaluation, where training can end early
     checkpoint = run.checkpoints.load()
@@ -135,26 +137,35 @@ def train(
     num_steps = job.optimizer.epochs * per_epoch
     if is_over(history.epochs, job.evaluate):  # it was killed between its last checkpoint and its result
         num_steps = first_step
-    steps = training_steps(
-        wrap(pupil.network),
-        replay_loader(replay, range(first_step, num_steps), num_workers=num_workers, pin_memory=on_gpu),
-        optimizer,
-        method,
-        first_step=first_step,
-        weights=weights(job),
-        mixture=job.combine == "mixture",
-        learning_rate=lambda step: job.optimizer.learning_rate(step, per_epoch),
-        pixels_of=pixels_of,
-        teach=teach,
-        parts=pupil.parts,
-        capture=pupil.capture,
-        accumulate=job.optimizer.accumulate,
-        clip_norm=job.optimizer.clip_norm,
-        bfloat16=job.student.precision == "bfloat16",
-        seed=job.data.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    batches = replay_loader(replay, range(first_step, num_steps), num_workers=num_workers, pin_memory=on_gpu)
+    alike: dict[str, Any] = {
+        "first_step": first_step,
+        "learning_rate": lambda step: job.optimizer.learning_rate(step, per_epoch),
+        "pixels_of": pixels_of,
+        "clip_norm": job.optimizer.clip_norm,
+        "bfloat16": job.student.precision == "bfloat16",
+        "seed": job.data.seed,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if isinstance(pupil, Cohort) and isinstance(optimizer, Optimizers):
+        networks = [wrap(one.network) for one in pupil.pupils]
+        steps = mutual_steps(networks, batches, optimizer.each, method, **alike)
+    else:
+        assert isinstance(optimizer, Optimizer)
+        steps = training_steps(
+            wrap(pupil.network),
+            batches,
+            optimizer,
+            method,
+            weights=weights(job),
+            mixture=job.combine == "mixture",
+            teach=teach,
+            parts=pupil.parts,
+            capture=pupil.capture,
+            accumulate=job.optimizer.accumulate,
+            **alike,
+        )
 
     def note(step: Step, what: str) -> str:
         return run.note_not_finite(rank, step, what)
@@ -187,7 +198,7 @@ def train(
                 "seconds": of_epoch.seconds,
             }
             if exam is not None and exam.is_due(epoch, job.optimizer.epochs):
-                record |= exam.summary(pupil.judged)
+                record |= pupil.examined(exam)
             if job.evaluate is not None and job.evaluate.patience is not None:
                 if job.evaluate.is_due(epoch, job.optimizer.epochs):
                     record[job.evaluate.metric] = of_rank_0(record.get(job.evaluate.metric), world_size, device)
@@ -227,7 +238,8 @@ def train(
         program = None
         if job.export:
             program, card["program"] = exported(student, size_px=job.data.size_px)
-        run.finish(student.state_dict(), card=card, metrics=history.metrics(), program=program)
+        peers = [peer.state_dict() for peer in pupil.peers()]
+        run.finish(student.state_dict(), card=card, metrics=history.metrics(), program=program, peers=peers)
     return TrainingResult(card=card, **history.metrics())
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kddata import rng
 from kddata.features import Capture
 from kddata.losses import Method
 from kddata.store import LabelStore
+from kddata.training.branches import Branched
+from kddata.training.exam import Exam
 from kddata.training.head import Answering, folded, require_foldable
-from kddata.training.job import TrainingJob
-from kddata.training.students import average_of, build_student
+from kddata.training.job import OptimizerArgs, TrainingJob
+from kddata.training.students import average_of, build_student, make_optimizer
 
 
 class Pupil:
@@ -49,9 +52,20 @@ class Pupil:
         self.parts = _parts(job, store, method, self.student, self.capture, pixels_of, device)
         alone = self.parts is None and not method.needs.boundary
         self.network = self.student if alone else _Both(self.student, self.parts)
+        if method.needs.cohort == "branches":
+            self.network = _branched(job, method, self.student, pixels_of, device)
+            self.parts = self.network.parts
         if job.student.compile:
             self._kept.compile()  # in place, so that names of weights stay
             self.student.compile()
+
+    def optimizer(self, args: OptimizerArgs) -> Optimizer:
+        """Of all that is trained."""
+        return make_optimizer(args, self.network, self.student)
+
+    def examined(self, exam: Exam) -> dict[str, Any]:
+        """The scores of what is judged, by name."""
+        return exam.summary(self.judged)
 
     def after_step(self) -> None:
         """To be called after each optimizer step."""
@@ -71,6 +85,10 @@ class Pupil:
             return self._kept
         num_classes, arch = self._args.num_classes, self._args.arch
         return folded(self._kept, lambda x: self._method.answer(x, self.parts), num_classes, where=arch)
+
+    def peers(self) -> list[nn.Module]:
+        """Other students that are left in the end: none."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -110,6 +128,21 @@ class _Both(nn.Module):
             return self.student(pixels)
         of_samples = self.student(samples)  # first: what is captured is of the last call
         return self.student(pixels), of_samples
+
+
+def _branched(
+    job: TrainingJob, method: Method, student: nn.Module, pixels_of: Callable[[Tensor], Tensor], device: str
+) -> Branched:
+    """The student with further branches, each from random numbers of its own, and their gate."""
+    pixels = pixels_of(torch.zeros(2, 3, job.data.size_px, job.data.size_px, dtype=torch.uint8))
+    others = []
+    for number in range(1, method.needs.branches):
+        seed = int.from_bytes(rng.key_bytes(job.data.seed, "branch", number)[:7], "little")
+        args = {"size_px": job.data.size_px, "seed": seed, "pixels_of": pixels_of, "device": device}
+        others.append(build_student(job.student, **args))  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(rng.key_bytes(job.data.seed, "gate")[:8], "little"))
+        return Branched(student, others, method.needs.node, pixels)
 
 
 def _parts(

@@ -118,6 +118,7 @@ def card_of(
         "teacher_in_the_loop": job.teacher is not None,
         "store": {"content_sha256": content_sha256(store), "fingerprint": store.spec.fingerprint},
         "teacher": store.spec.to_json()["teacher"],
+        **({"peers": fields["peers"]} if job.peers else {}),
         **({"first_stage": fields["first_stage"]} if job.first_stage is not None else {}),
         **({"ensemble": ensemble_of(job, stores)} if len(stores) > 1 else {}),
         **({} if patience is None else {"early_stop": {"best_epoch": kept, "epochs_trained": len(epochs)}}),

@@ -3,6 +3,7 @@
     job.json              what is trained, written first; a run of this name with another job is refused
     checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished; see `checkpoints`
     model.safetensors     the student's weights, alone
+    peer-N.safetensors    the weights of the other students of a cohort
     model.pt2             the student as a torch.export program, where that was asked for and could be; see `program`
     metrics.json          the loss of every step, and a record of every epoch
     nonfinite-RANK.json   of a run that stopped at a loss or a weight that is no number: the step, images and views
@@ -15,7 +16,7 @@ one storage; a result is not copied elsewhere by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safetensors.torch import save
@@ -71,11 +72,12 @@ class Run:
         card: Mapping[str, Any],
         metrics: Mapping[str, Any],
         program: bytes | None = None,
+        peers: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         """Publishes the result, the card last, and removes the checkpoints."""
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         for name, data in (
-            ("model.safetensors", save(tensors)),
+            ("model.safetensors", _safetensors(weights)),
+            *((f"peer-{i}.safetensors", _safetensors(peer)) for i, peer in enumerate(peers, 1)),
             *((("model.pt2", program),) if program is not None else ()),
             ("metrics.json", json.dumps(metrics).encode()),
             ("card.json", json.dumps(card, indent=2).encode()),
@@ -91,3 +93,7 @@ class Run:
         except FileNotFoundError:
             return None
         return card, json.loads(self._files.read("metrics.json"))
+
+
+def _safetensors(weights: Mapping[str, Tensor]) -> bytes:
+    return save({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()})

@@ -126,7 +126,9 @@ def training_steps(
         taught = (stored if teach is None else teach(batch)).to(pixels.device)
         seen: dict[str, Tensor] = {}
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            if method.needs.boundary:
+            if method.needs.cohort == "branches":
+                logits_BC, seen["branches"], seen["gate"] = network(pixels)
+            elif method.needs.boundary:
                 logits_BC, seen["boundary_logits"] = network(pixels, pixels_of(taught.outputs["boundary"]))
             else:
                 logits_BC = network(pixels)

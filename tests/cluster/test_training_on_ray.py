@@ -5,6 +5,7 @@ All runs share one Ray, one after the other.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
     assert json.loads((run / "card.json").read_text()) == result.card
     for name, values in load_file(root / "runs" / "alone" / "model.safetensors").items():
         np.testing.assert_allclose(load_file(run / "model.safetensors")[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_peers_of_two_ranks_learn_as_in_one_process(root: Path) -> None:
+    peer = StudentArgs(arch="python:networks_of_tests:linear", num_classes=10)
+    method = {"name": "dml", "teacher": True}
+    names = ("peers", "peers alone")
+    jobs = [dataclasses.replace(job(root, name, epochs=1), method=method, peers=(peer,)) for name in names]
+    both, alone = train(jobs[0], workers=2), training.train(jobs[1])
+    np.testing.assert_allclose(both.loss_S, alone.loss_S, rtol=1e-4)
+    assert "peer-1.safetensors" in files(str(root / "runs" / "peers"))
 
 
 def test_a_finished_run_is_read_back_and_another_job_of_its_name_is_refused(root: Path) -> None:

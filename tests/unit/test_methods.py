@@ -30,6 +30,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "fsp": {"teacher_pairs": [["t1", "t2"]], "student_pairs": [["s1", "s2"]]},
     "crd": {"num_images": 8, "negatives": 3},
     "srrl": {"student_nodes": ["s2"]},
+    "one": {"node": "s1"},
 }
 STUDENT = {
     "logits": (5,),
@@ -38,6 +39,9 @@ STUDENT = {
     "features:s2": (6, 4, 4),
     "fsp:s1:s2": (4, 6),
     "boundary_logits": (5,),
+    "peers": (2, 5),
+    "branches": (3, 5),
+    "gate": (3,),
 }
 TEACHER = {
     "embedding": (16,),
@@ -70,7 +74,7 @@ def step(method: losses.Method, parts: nn.Module, student: dict[str, Tensor], **
         outputs = tensors(TEACHER, 1)
         seen = {
             "parts": parts,
-            "student": {name: student[name] for name in needs.student},
+            "student": {name: student[name] for name in (*needs.student, *needs.live)},
             "outputs": {name: outputs[name].half().float() for name in needs.outputs},
             "image_ids": ["a", "b", "c", "d"],
         }
@@ -98,7 +102,7 @@ def test_a_method_learns_from_what_it_names(name: str, arguments: dict[str, dict
     for (key, p), old in zip(parts.named_parameters(), before, strict=True):
         if not key.endswith("conv.bias"):  # BatchNorm takes it away again
             assert not torch.equal(p, old), key
-    named = {"logits", *method.needs.student}
+    named = {"logits", *method.needs.student} if method.needs.cohort != "branches" else {*method.needs.live}
     assert all(student[key].grad is not None for key in named - (set() if method.needs.targets else {"logits"}))
 
 
@@ -279,14 +283,14 @@ def test_a_row_says_what_the_method_needs(name: str) -> None:
     tailed = "tail" in inspect.signature(methods.METHODS[name].loss).parameters and needs.all_classes
     soft = "none" if not needs.temperatures else "all classes" if needs.all_classes else "top-k"
     assert labels == soft + (", or a tail" if tailed else "")
-    if name not in ("kd", "hard"):
+    if name not in ("kd", "hard", "one"):
         alone = losses.make(name, **{**args, "hard_weight": 0}).needs.targets
         assert targets == ("yes" if alone else "in `hard_weight`")
     kinds = dict.fromkeys(x.partition(":")[0] for x in needs.outputs)
     assert outputs == ", ".join(kinds)
-    assert student == ", ".join({x.partition(":")[0] for x in needs.student})
+    assert student == ", ".join(dict.fromkeys(x.partition(":")[0] for x in (*needs.student, *needs.live)))
     assert bool(parts) == (needs.parts and name != "fsp")
     assert ("kept at inference" in parts) == needs.head
     assert int(view_bytes) == math.fsum(BYTES[kind] for kind in kinds)
-    assert teacher == ("none" if name == "hard" else "offline")
+    assert teacher == ("none" if name == "hard" else "live" if needs.cohort else "offline")
     assert source
