@@ -155,7 +155,9 @@ def test_ranks_that_die_or_stop_take_a_run_to_its_last_checkpoint_also_where_the
     strike(folder, step=5, rank=0)
     with pytest.raises(ray.train.TrainingFailedError):
         train(two, workers=2, max_failures=1)
-    assert dict(attempts(folder)) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}
+    begun = attempts(folder)
+    assert begun.pop(2) in (1, 2), "rank 0 may have been ended before it wrote down that it took it up"
+    assert begun == {0: 1, 1: 1, 3: 1, 4: 1, 5: 1}
     for again in (three, one):
         shutil.copytree(two.run, again.run)
     monkeypatch.setenv(FOLDER, str(shutil.copytree(folder, file.parent / "consumed by one")))
