@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 EXIT_CODES = """
 Exit codes: 0 done; 1 something unforeseen, with its traceback; 2 a job file or argument is wrong; 3 images are missing,
 broken or ambiguous; 4 a teacher or student cannot be built, or answers with NaN; 5 a store cannot be used as asked, or
-`verify` or `audit` found a fault; 6 too few CPUs or GPUs; 7 trials of a sweep failed; 130 ctrl-C; 143 SIGTERM. Stopped commands go on where they
-were when they are given again.
+`verify` or `audit` found a fault; 6 too few CPUs or GPUs; 7 trials of a sweep failed; 130 ctrl-C; 143 SIGTERM. Stopped
+commands go on where they were when they are given again.
 """
 
 app = typer.Typer(
