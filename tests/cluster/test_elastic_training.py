@@ -24,7 +24,7 @@ import torch
 import yaml
 from safetensors.torch import load, load_file
 
-from kddata import training
+from kddata import commands, training
 from kddata.cluster.training import train
 from kddata.config import TrainFile, train_job
 from kddata.config import load as load_config
@@ -116,26 +116,24 @@ def files(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
-def start(file: Path, name: str, address: str, workers: int) -> subprocess.Popen[bytes]:
-    """The command that trains, in a process of its own, which has the Ray of the tests for its cluster."""
-    command = [sys.executable, JOB, file, f"run.name={name}", f"cluster.workers={workers}"]
-    env = {**os.environ, "RAY_ADDRESS": address}
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_driver(file: Path, name: str, address: str, folder: Path, *, workers: int, step: int) -> None:
-    """Runs the command until a rank comes to a step, which then sends its driver a SIGKILL."""
-    driver = start(file, name, address, workers)
-    strike(folder, step=step, rank=workers - 1, pid=driver.pid)
-    assert driver.wait(120) == -signal.SIGKILL
+def overrides(name: str) -> list[str]:
+    return [f"run.name={name}", "cluster.workers=1"]
 
 
 def test_a_killed_driver_and_the_same_command_again_end_in_the_same_bits(
     file: Path, address: str, folder: Path, rows: dict[int, list[str]], undisturbed: dict[str, bytes]
 ) -> None:
-    kill_driver(file, "driver", address, folder, workers=1, step=7)
+    """The driver is a process of its own, which joins the Ray of the tests; a rank kills it."""
+    driver = subprocess.Popen(
+        [sys.executable, JOB, file, *overrides("driver")],
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    strike(folder, step=7, pid=driver.pid)
+    assert driver.wait(240) == -signal.SIGKILL
     assert not (file.parent / "driver" / "card.json").exists()
-    assert start(file, "driver", address, 1).wait(120) == 0
+    commands.train(str(file), overrides("driver"))  # which is all that the command does
     assert consumed(folder) == rows
     assert sum(attempts(folder).values()) <= STEPS + 2, "steps before the last checkpoint are not taken again"
     assert files(file.parent / "driver")["model.safetensors"] == undisturbed["model.safetensors"]
