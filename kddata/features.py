@@ -75,6 +75,11 @@ def same_size(a_BCHW: Tensor, b_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return F.adaptive_avg_pool2d(a_BCHW, size), F.adaptive_avg_pool2d(b_BCHW, size)
 
 
+def has_channels_last(x: Tensor) -> bool:
+    """Whether a tensor is [B, H, W, C]: views are square, and so are their maps. Never where C = H = W."""
+    return x.ndim == 4 and x.shape[1] == x.shape[2] != x.shape[3]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -123,6 +128,13 @@ class Capture:
             if kind in ("attention", "fsp") and any(x.ndim != 4 for x in tensors):
                 raise TeacherError(
                     f"{kind} is of feature maps [B, C, H, W]", actual=[tuple(x.shape) for x in tensors], where=name
+                )
+            if last := [x for x in tensors if has_channels_last(x)]:
+                raise TeacherError(
+                    "feature maps are [B, C, H, W], which Swin and a few others do not give",
+                    actual=f"{tuple(last[0].shape)}, with the channels last",
+                    where=name,
+                    fix="name a module whose output has the channels first, or wrap the network in one that turns it",
                 )
             if kind == "attention":
                 found[name] = attention_map(*tensors)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kddata.errors import ConfigError
+from kddata.features import has_channels_last
 from kddata.losses import Gate
 
 
@@ -32,7 +33,7 @@ class Branched(nn.Module):
             features = self.lower(pixels)
         if not isinstance(features, Tensor) or features.ndim not in (2, 4):
             raise ConfigError("branches part behind features [B, D] or [B, C, H, W]", actual=type(features), where=node)
-        if features.ndim == 4 and features.shape[1] < features.shape[3] and features.shape[1] == features.shape[2]:
+        if has_channels_last(features):
             raise ConfigError("features are [B, C, H, W], channels first", actual=tuple(features.shape), where=node)
         uppers = [cut(other, node, pixels)[1] for other in others]
         gate = Gate(features.shape[1], len(uppers) + 1)

@@ -99,3 +99,22 @@ def test_maps_are_computed_in_float32_at_least() -> None:
     half = torch.full((1, 2, 1, 1), 300.0, dtype=torch.float16)
     assert attention_map(half).item() == 90_000
     assert fsp_matrix(half, half).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["features:features.3", "attention:features.3", "fsp:features.1:features.3"])
+def test_maps_with_the_channels_last_are_refused(name):
+    """Taken for [B, C, H, W] they would give maps of the right kind and no meaning."""
+    network = torchvision.models.swin_t(num_classes=5).eval()
+    capture = Capture(network, [name])
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(TeacherError, match=r"with the channels last \(in "):
+        capture.take()
+
+
+def test_an_embedding_of_such_a_network_is_what_its_last_layer_is_given():
+    network = torchvision.models.swin_t(num_classes=5).eval()
+    capture = Capture(network, ["embedding"])
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 64, 64))
+    assert capture.take()["embedding"].shape == (1, 768)
