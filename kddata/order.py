@@ -15,8 +15,8 @@ compare them, and such groups are shuffled as rows are otherwise.
 Trade-off: a window is not a full permutation. Two rows of one unit are at most a window apart (the unit may straddle
 two), and rows that were stored far apart share a window by chance alone. The whole epoch in one window is a full one:
 two neighbours in a unit come W / 3 rows apart in the mean, as in any permutation. Two views of one visit that follow
-each other come (4 m + 1) / (m + 1) steps apart in the mean, and 4 m - 1 at most, which is what bounds the views that
-are cut and wait: 4 m (1/2 - 1 / (m + 1)) steps of them in the mean.
+each other come (4 m + 1) / (m + 1) steps apart in the mean, and 4 m - 1 at most where all visits have m views, which is
+what bounds the views that are cut and wait: 4 m (1/2 - 1 / (m + 1)) steps of them in the mean.
 
 Letters: U units, W rows of a window.
 """

@@ -2,7 +2,8 @@
 
 A description names its builder, such as "torchvision:mobilenet_v2"; see `kddata.builders`. Students are built here too.
 Nothing here trains, stores or draws views. Trade-off: every forward pass is padded to one batch size and pinned to one
-thread count, so that a view's logits do not depend on what else is in its batch.
+thread count, so that a view's logits do not depend on what else is in its batch. (Its place in the batch may move last
+bits: some CPU kernels treat the rows at the end of a small matrix otherwise.)
 
 Shapes: B views, C classes, S side in pixels.
 """
