@@ -480,6 +480,7 @@ def audit(
     images: Images = None,
     min_top1: Annotated[float, typer.Option(help="least share of views with the stored top-1 (or of draws)")] = 0.99,
     max_kl: Annotated[float, typer.Option(help="most mean KL(stored || asked again), nats")] = 0.01,
+    max_output_error: Annotated[float, typer.Option(help="most mean relative difference of a stored output")] = 0.01,
     min_accuracy: Annotated[float, typer.Option(help="least accuracy of the teacher, where there is ground truth")] = 0,
     max_bad: Annotated[float, typer.Option(help="most bad images, as a share of all")] = 1,
     as_json: AsJson = False,
@@ -510,6 +511,7 @@ def audit(
         images=images,
         min_top1=min_top1,
         max_kl=max_kl,
+        max_output_error=max_output_error,
         min_accuracy=min_accuracy,
         max_bad=max_bad,
     )
@@ -537,8 +539,10 @@ def audit_lines(found: Audit) -> list[tuple[str, str]]:
         least, median, most = found.images_per_class
         classes = f"{least} to {most} images each, median {median:g}; {found.classes_without_images} have none"
     accuracy = found.teacher_accuracy
+    outputs = [(name, f"{error:.3%} of its norm from the stored, mean") for name, error in found.output_errors.items()]
     return [
         ("asked again", again),
+        *outputs,
         ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of all views"),
         ("entropy", f"{found.mean_entropy_nats:.3f} nats, mean over views"),
         ("tail mass", f"{found.mean_tail_mass:.4f}, mean over views"),

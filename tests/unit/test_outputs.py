@@ -15,10 +15,10 @@ from torch import nn
 
 import kddata
 from kddata.cards import Output
-from kddata.care import convert, export_parquet
-from kddata.cli import summary
+from kddata.care import audit, convert, export_parquet, merge, repair
+from kddata.cli import audit_lines, summary
 from kddata.errors import ConfigError, StoreMismatchError, TeacherError
-from kddata.labelling import LabellingJob, label_store, load_job_teacher
+from kddata.labelling import LabellingJob, label_store, load_job_teacher, prepare
 from kddata.store import LabelStore
 from kddata.teacher import TeacherArgs
 from kddata.testing import make_images
@@ -140,3 +140,51 @@ def test_outputs_are_converted_extended_and_exported(images: str, tmp_path: Path
     table = parquet.read_table(tmp_path / "labels.parquet")
     stored = np.concatenate([store.read(unit.number).outputs["embedding"] for unit in store.units()])
     np.testing.assert_array_equal(np.array(table["output.embedding"].to_pylist()), stored.astype(np.float32))
+
+
+@pytest.mark.parametrize("format", ["arrow", "tar"])
+def test_outputs_are_merged_and_repaired_to_the_same_bytes(images: str, tmp_path: Path, format: str) -> None:
+    whole = label_store(job(images, tmp_path / "whole", format=format, unit_views=1)).store
+    parts = [
+        label_store(
+            job(images, tmp_path / f"from {first}", format=format, unit_views=1, views_per_image=n, first_view=first)
+        ).store
+        for first, n in ((0, 1), (1, 2))
+    ]
+    merged = merge(str(tmp_path / "merged"), [part.url for part in parts])
+    for unit in merged.units():
+        (same,) = [x for x in whole.units() if (x.shard, x.view_start) == (unit.shard, unit.view_start)]
+        found, wanted = merged.read(unit.number), whole.read(same.number)
+        for name in OUTPUTS:
+            np.testing.assert_array_equal(found.outputs[name], wanted.outputs[name])
+    name = sorted(whole.storage.sizes("labels"))[1]
+    path = tmp_path / "whole" / name
+    sound = path.read_bytes()
+    path.write_bytes(sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :])
+    assert [problem.file for problem in whole.verify()] == [name]
+    assert repair(job(images, tmp_path / "whole", format=format, unit_views=1)).files == (name,)
+    assert path.read_bytes() == sound
+    assert whole.verify() == []
+
+
+def test_an_audit_makes_outputs_again_and_notices_those_of_other_views(images: str, tmp_path: Path) -> None:
+    """The second store has right hashes, right labels, and the embeddings of other rows."""
+    made = job(images, tmp_path / "right")
+    store, teacher = label_store(made).store, load_job_teacher(made)
+    found = audit(store, teacher, views=30)
+    assert found.faults == ()
+    assert found.output_errors.keys() == set(OUTPUTS)
+    assert all(0 < error < 2**-11 for error in found.output_errors.values()), "the rounding of float16"
+    assert "of its norm" in dict(audit_lines(found))["embedding"]
+    wrong = prepare(dataclasses.replace(made, store=str(tmp_path / "wrong")))
+    for unit in wrong.units():
+        rows = store.read(unit.number)
+        outputs = {**rows.outputs, "embedding": rows.outputs["embedding"][::-1]}
+        wrong.write_unit(unit, [dataclasses.replace(rows, outputs=outputs)])
+    wrong.commit()
+    assert wrong.verify() == []
+    (fault,) = audit(wrong, teacher, views=30).faults
+    assert fault.startswith("embedding differs by ")
+    assert audit(wrong, teacher, views=30, max_output_error=100.0).faults == ()
+    without = load_job_teacher(dataclasses.replace(made, outputs=OUTPUTS[1:]))
+    assert audit(store, without).faults == ("output embedding is stored, and the teacher was not asked for it",)
