@@ -26,7 +26,7 @@ from kddata import order
 from kddata.corruption import ClassImbalance, LabelNoise
 from kddata.cutting import cut
 from kddata.errors import StoreMismatchError
-from kddata.images import ImageSource, decode
+from kddata.images import CachedSource, ImageCache, ImageSource, decode
 from kddata.labels import SoftLabels
 from kddata.reader import Reader, Rows, open_images, order_of
 from kddata.store import Choice, LabelRows, LabelStore, Subset, choose
@@ -146,6 +146,7 @@ class Replay(Dataset[Batch]):
         imbalance: ClassImbalance | None = None,
         views_per_visit: int = 1,
         views_together: int = 1,
+        cache: ImageCache | None = None,
     ) -> None:
         store.spec.require_outputs(outputs, where=store.url)
         choice = choice_of(store, subset, imbalance)
@@ -157,7 +158,10 @@ class Replay(Dataset[Batch]):
             views_together=views_together,
             batch_size=batch_size,
         )
-        self._reader = Reader(store, open_images(store, images), rows, outputs=outputs, others=others, choice=choice)
+        source = open_images(store, images)
+        if cache is not None:
+            source = CachedSource(source, cache)
+        self._reader = Reader(store, source, rows, outputs=outputs, others=others, choice=choice)
         self._num_rows, self._batch_size = rows.num_rows, batch_size
         self._rank, self._world_size = rank, world_size
         self._sizes_px = (size_px,) if teacher_px is None else (size_px, teacher_px)
@@ -279,6 +283,7 @@ def loader(
     imbalance: ClassImbalance | None = None,
     views_per_visit: int = 1,
     views_together: int = 1,
+    cache: ImageCache | None = None,
 ) -> DataLoader[Batch]:
     """A DataLoader over the batches of `epochs` epochs from `epoch` on, of which the first `start_step` are left out.
 
@@ -296,6 +301,7 @@ def loader(
         views_per_visit: at most so many views of an image are cut from one decode; they come in different steps, save
             at the end of a window. See `kddata.order`. 1 is as thorough a shuffle as there is, and the slowest.
         views_together: so many views of an image stand side by side in a step.
+        cache: of encoded images, where theirs is far away.
 
     Raises StoreMismatchError for others that hold other views or images, ConfigError for outputs that are not there.
     """
@@ -315,6 +321,7 @@ def loader(
         imbalance=imbalance,
         views_per_visit=views_per_visit,
         views_together=views_together,
+        cache=cache,
     )
     first = epoch * replay.steps_per_epoch
     steps = range(first + start_step, first + epochs * replay.steps_per_epoch)

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from kddata.training import StudentArgs, TrainingJob
 
 
+class Cache(Section):
+    """`cache:` a folder of the local disk for copies of images that are read from far away, and most bytes of them."""
+
+    folder: str
+    max_bytes: Count
+
+
 class Student(Section):
     """`student:` who learns.
 
@@ -158,6 +165,7 @@ class TrainFile(Section):
     store: str | Annotated[tuple[Member, ...], Field(min_length=1)]
     combine: Literal["losses", "mixture"] = "losses"
     images: Location | None = None
+    cache: Cache | None = None
     student: Student
     first_stage: FirstStage | None = None
     peers: tuple[Student, ...] = ()
@@ -210,6 +218,7 @@ def train_job(file: TrainFile) -> TrainingJob:
         ),
         optimizer=training.OptimizerArgs(**file.optimizer.model_dump()),
         images=None if file.images is None else all_absolute(file.images),
+        cache=None if file.cache is None else training.CacheArgs(**file.cache.model_dump()),
         evaluate=None
         if evaluate is None
         else training.EvaluationArgs(

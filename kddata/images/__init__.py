@@ -4,6 +4,7 @@
 """
 
 from kddata.images.again import image_again
+from kddata.images.cache import CachedSource, ImageCache
 from kddata.images.decode import decode, image_hash, image_size, image_suffix
 from kddata.images.files import in_order
 from kddata.images.opening import open_source
@@ -11,6 +12,8 @@ from kddata.images.pack import Packed, pack
 from kddata.images.source import ImageRef, ImageShard, ImageSource
 
 __all__ = [
+    "CachedSource",
+    "ImageCache",
     "ImageRef",
     "ImageShard",
     "ImageSource",

@@ -2,6 +2,7 @@
 
 from kddata.training.classify import Classified, classify
 from kddata.training.job import (
+    CacheArgs,
     DataArgs,
     EvaluationArgs,
     FirstStageArgs,
@@ -18,6 +19,7 @@ from kddata.training.steps import Step, training_steps
 from kddata.training.trained import TrainedStudent, open_student, student_of_weights
 
 __all__ = [
+    "CacheArgs",
     "Classified",
     "DataArgs",
     "EvaluationArgs",

@@ -179,7 +179,7 @@ def weights(job: TrainingJob) -> tuple[float, ...]:
 def identity(job: TrainingJob, store: LabelStore, others: Sequence[LabelStore] = ()) -> dict[str, Any]:
     """What makes two jobs one run: all but where things lie, how often it is saved, and whether it is exported."""
     fields = dataclasses.asdict(job)
-    for name in ("store", "weight", "others", "combine", "run", "images", "export", "checkpoint_steps"):
+    for name in ("store", "weight", "others", "combine", "run", "images", "cache", "export", "checkpoint_steps"):
         del fields[name]
     for section in ("student", "data", "optimizer"):
         fields[section] = _without_added(section, fields[section])

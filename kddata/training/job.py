@@ -154,6 +154,14 @@ class FirstStageArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheArgs:
+    """A local folder of each node for copies of images that are far away, and most bytes of them."""
+
+    folder: str
+    max_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationArgs:
     """What the student is judged on: a source with labels, every so many epochs and after the last.
 
@@ -202,6 +210,7 @@ class TrainingJob:
             probabilities at temperature 1, where all keep all classes.
         run: URL of the folder of this run, for checkpoints and its result.
         method: {"name": of a loss, and its arguments}.
+        cache: of images, on the local disk of whoever trains.
         images: where the images lie now, if they moved since they were labelled.
         peers: the other students of a cohort that learns from each other (method dml).
         teacher: a teacher in the loop: it labels the same views anew, in place of the stored labels. It must be the
@@ -218,6 +227,7 @@ class TrainingJob:
     data: DataArgs
     optimizer: OptimizerArgs
     images: str | tuple[str, ...] | None = None
+    cache: CacheArgs | None = None
     evaluate: EvaluationArgs | None = None
     peers: tuple[StudentArgs, ...] = ()
     teacher: TeacherArgs | None = None

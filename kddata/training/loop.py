@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kddata import losses
+from kddata.images import ImageCache
 from kddata.losses import Method
 from kddata.replay import Replay, replay_loader
 from kddata.store import LabelStore
@@ -120,6 +121,7 @@ def train(
         imbalance=job.data.imbalance,
         views_per_visit=job.data.views_per_visit,
         views_together=job.data.views_together,
+        cache=None if job.cache is None else ImageCache(job.cache.folder, job.cache.max_bytes),
     )
     exam = None
     if job.evaluate is not None and rank == 0:
