@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,10 @@ def label(
             if store.manifest is not None:
                 store.commit()  # an earlier driver may have died while it tidied up
                 return Labelled(store=store, new_units=0)
-            units, tally = labelling.missing_units(store), _Tally(store)
+            missing, tally, new_units = labelling.each_missing_unit(store), _Tally(store), 0
             labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
             on_standing(tally.standing())
-            for start in range(0, len(units), window_units):
-                window = units[start : start + window_units]
+            while window := list(islice(missing, window_units)):
                 for receipt in _label_units(
                     job,
                     store,
@@ -110,11 +110,12 @@ def label(
                     retries=retries,
                 ):
                     tally.add(receipt)
+                    new_units += 1
                     on_standing(tally.standing())
                     labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
                     driver.check()
             labelling.finish(store, limit=job.bad_images)
-    return Labelled(store=store, new_units=len(units))
+    return Labelled(store=store, new_units=new_units)
 
 
 def _label_units(
@@ -239,19 +240,23 @@ class _OneAtATime:
             return self._teacher.boundary(pixels_u8_B3SS, attack_class_B)
 
 
+def _views(unit: Unit) -> int:
+    return (unit.stop - unit.start) * unit.num_views
+
+
 class _Tally:
     """Sums over the receipts of a store: those that were there, and those that come."""
 
     def __init__(self, store: LabelStore) -> None:
-        self._views_per_unit = {unit.number: (unit.stop - unit.start) * unit.num_views for unit in store.units()}
-        self._total_views = sum(self._views_per_unit.values())
+        self._units, self._first = store.units(), next((unit.number for unit in store.units()), 0)
+        self._total_views = sum(map(_views, self._units))
         self._views = self._correct = self._labelled = 0
         self.bad: dict[str, str] = {}
-        for receipt in store.finished().values():
+        for receipt in store.receipts():
             self.add(receipt)
 
     def add(self, receipt: Receipt) -> None:
-        self._views += self._views_per_unit[receipt.unit]
+        self._views += _views(self._units[receipt.unit - self._first])
         self._correct += receipt.correct
         self._labelled += receipt.labelled
         self.bad.update(receipt.bad)

@@ -107,7 +107,7 @@ def label_store(
             store.commit()  # an earlier driver may have died while it tidied up
             return Labelled(store=store, new_units=0)
         source = open_source(job.images)
-        bad = dict(pair for receipt in store.finished().values() for pair in receipt.bad)
+        bad = dict(pair for receipt in store.receipts() for pair in receipt.bad)
         check_bad_images(store, bad, limit=job.bad_images)
         units = missing_units(store)
         for unit in units:
@@ -196,8 +196,18 @@ def job_spec(job: LabellingJob, teacher: Answers) -> StoreSpec:
 
 def missing_units(store: LabelStore) -> list[Unit]:
     """The units that have no receipt yet, by number."""
-    finished = store.finished()
-    return [unit for unit in store.units() if unit.number not in finished]
+    return list(each_missing_unit(store))
+
+
+def each_missing_unit(store: LabelStore) -> Iterator[Unit]:
+    """The same, one after the other, of those that are missing now: none is held."""
+    units = store.units()
+    first = next((unit.number for unit in units), 0)
+    finished = np.zeros(len(units), dtype=bool)
+    for number in store.finished_numbers():
+        if 0 <= number - first < len(units):
+            finished[number - first] = True
+    return (unit for unit in units if not finished[unit.number - first])
 
 
 def check_bad_images(store: LabelStore, bad: dict[str, str], *, limit: float) -> None:
@@ -219,7 +229,7 @@ def check_bad_images(store: LabelStore, bad: dict[str, str], *, limit: float) ->
 
 def finish(store: LabelStore, *, limit: float) -> None:
     """Commits a store whose units are all finished. Raises BadImageBudgetError, or StoreMissingError."""
-    check_bad_images(store, dict(pair for r in store.finished().values() for pair in r.bad), limit=limit)
+    check_bad_images(store, dict(pair for r in store.receipts() for pair in r.bad), limit=limit)
     store.commit()
 
 

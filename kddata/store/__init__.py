@@ -10,10 +10,11 @@ formats (arrow and tar), tally, verify, store.
 from kddata.store.choice import Choice, Subset, choose
 from kddata.store.ensemble import require_members, require_same_rows
 from kddata.store.lock import Driver, driving, require_free
-from kddata.store.manifest import IndexedShard, Receipt, Unit, plan_units
+from kddata.store.manifest import IndexedShard, Receipt, plan_units
 from kddata.store.rows import LabelRows
 from kddata.store.storage import open_storage
 from kddata.store.store import LabelStore
+from kddata.store.units import PlannedUnits, Unit
 from kddata.store.verify import Problem, verify_store
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "IndexedShard",
     "LabelRows",
     "LabelStore",
+    "PlannedUnits",
     "Problem",
     "Receipt",
     "Subset",

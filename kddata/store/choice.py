@@ -8,15 +8,15 @@ Letters: N images of an image shard, U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kddata import rng
 from kddata.errors import ConfigError
-from kddata.store.manifest import Unit
 from kddata.store.store import LabelStore
+from kddata.store.units import Unit
 
 Subset = float | tuple[int, ...] | tuple[str, ...]
 _NAMED = 5
@@ -35,7 +35,7 @@ class Choice:
         places = np.flatnonzero(self.chosen[unit.shard][piece][self.good[unit.shard][piece]])
         return (places[:, None] * unit.num_views + np.arange(unit.num_views)).reshape(-1)
 
-    def rows_per_unit(self, units: list[Unit]) -> np.ndarray:
+    def rows_per_unit(self, units: Sequence[Unit]) -> np.ndarray:
         """How many rows of each unit are chosen, int64 [U]."""
         counts = [self.chosen[unit.shard][unit.start : unit.stop].sum() * unit.num_views for unit in units]
         return np.array(counts, dtype=np.int64)

@@ -18,10 +18,10 @@ import pyarrow as pa
 from kddata.cards import StoreSpec
 from kddata.errors import StoreDamagedError
 from kddata.store import arrow, columns, tar
-from kddata.store.manifest import Unit
 from kddata.store.rows import LabelRows
 from kddata.store.steps import HashingWriter
 from kddata.store.tar import ImageBytes
+from kddata.store.units import Unit
 
 
 class ShardFormat(Protocol):

@@ -15,6 +15,7 @@ from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingErr
 from kddata.store import rules
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import Storage
+from kddata.store.units import PlannedUnits, Unit
 
 HEADER = "store.json"
 HEADER_KEYS = ("fingerprint", "first_view", "format_version", "images", "libraries", "spec", "views_per_image")
@@ -23,26 +24,6 @@ MANIFEST = "manifest-000001.json"
 _COPY = ".copy.json"
 _LIBRARIES = ("kddata", "numpy", "pillow", "pyarrow", "torch", "torchvision")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """What one label shard covers: images `start` to `stop` of an image shard, views `view_start` to `view_stop`.
-
-    `piece` numbers the stretches of images of its image shard.
-    """
-
-    number: int
-    shard: int
-    piece: int
-    start: int
-    stop: int
-    view_start: int
-    view_stop: int
-
-    @property
-    def num_views(self) -> int:
-        return self.view_stop - self.view_start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,33 +101,21 @@ def plan_units(
     unit_images: int,
     unit_views: int | None,
     base: dict[str, Any] | None = None,
-) -> list[Unit]:
-    """All units over views `views[0]` to `views[1]`: for each image shard, for each piece of it, for each view range.
+) -> PlannedUnits:
+    """All units over views `views[0]` to `views[1]`.
 
     Args:
         base: the manifest of the generation before, whose units are left out; numbers go on from its last one.
     """
-    units: list[Unit] = []
-    first_number = 0 if base is None else len(base["units"])
-    for shard, count in enumerate(num_images):
-        first, stop = views
-        if base is not None and shard < len(base["image_shards"]):
-            first += base["views_per_image"]
-        step = unit_views or max(1, stop - first)
-        for piece, start in enumerate(range(0, count, unit_images)):
-            for view_start in range(first, stop, step):
-                units.append(
-                    Unit(
-                        number=first_number + len(units),
-                        shard=shard,
-                        piece=piece,
-                        start=start,
-                        stop=min(start + unit_images, count),
-                        view_start=view_start,
-                        view_stop=min(view_start + step, stop),
-                    )
-                )
-    return units
+    first, stop = views
+    known, there = (0, 0) if base is None else (len(base["image_shards"]), base["views_per_image"])
+    return PlannedUnits(
+        num_images,
+        views=[(first + there if shard < known else first, stop) for shard in range(len(num_images))],
+        unit_images=unit_images,
+        unit_views=unit_views,
+        first_number=0 if base is None else len(base["units"]),
+    )
 
 
 def header(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,13 @@ from kddata.errors import (
 )
 from kddata.store import arrow, columns, formats, manifest
 from kddata.store.lock import LOCK
-from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt, Unit
+from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt
 from kddata.store.rows import LabelRows
 from kddata.store.sealing import seal, unseal
 from kddata.store.storage import TEMPORARY, Storage, open_storage, require_create_once
 from kddata.store.tally import Tally
 from kddata.store.tar import ImageBytes
+from kddata.store.units import Unit
 from kddata.store.verify import Problem, find_problems
 
 
@@ -73,7 +74,7 @@ class LabelStore:
         self._head = head
         self._base = base  # the manifest that is being extended
         self._images: tuple[IndexedShard, ...] | None = None
-        self._units: list[Unit] | None = None
+        self._units: Sequence[Unit] | None = None
         self._index: tuple[int, pa.Table] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -318,7 +319,7 @@ class LabelStore:
 
     # -- labelling ------------------------------------------------------------------------------------------------
 
-    def units(self) -> list[Unit]:
+    def units(self) -> Sequence[Unit]:
         """All units, by number; of a store that is being extended, the new ones."""
         if self._units is None:
             if self.manifest is not None:
@@ -336,7 +337,15 @@ class LabelStore:
 
     def finished(self) -> dict[int, Receipt]:
         """The receipts of finished units by number; none after the commit, which folds them into the manifest."""
-        return {number: self._receipt(number) for number in sorted(_numbers(self.storage.sizes("receipts")))}
+        return {receipt.unit: receipt for receipt in self.receipts()}
+
+    def receipts(self) -> Iterator[Receipt]:
+        """The same, one after the other by number: none is held."""
+        return map(self._receipt, sorted(self.finished_numbers()))
+
+    def finished_numbers(self) -> set[int]:
+        """The numbers of finished units; none after the commit."""
+        return _numbers(self.storage.sizes("receipts"))
 
     def write_unit(
         self,

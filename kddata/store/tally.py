@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from kddata.errors import StoreError
-from kddata.store.manifest import Unit
 from kddata.store.rows import LabelRows
+from kddata.store.units import Unit
 
 
 class Tally:
