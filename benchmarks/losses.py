@@ -66,6 +66,10 @@ def plain_ttm(x: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(x.log_softmax(1), (teacher / T).softmax(1), reduction="batchmean")
 
 
+def plain_rows_ttm(x: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(x.log_softmax(1), (teacher / T).softmax(1), reduction="none").sum(1)
+
+
 def plain_mlkd(x: Tensor, teacher: Tensor) -> Tensor:
     total = x.new_zeros(())
     for t in (2.0, 3.0, 4.0, 5.0, 6.0):
@@ -99,6 +103,73 @@ def plain_ab(s: Tensor, t: Tensor) -> Tensor:
 def plain_ofd(s: Tensor, t: Tensor, margin: Tensor) -> Tensor:
     target = torch.max(t, margin)
     return (F.mse_loss(s, target, reduction="none") * ((s > target) | (t > 0)).float()).sum() / len(s)
+
+
+def plain_wsld(x: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    of_student, of_teacher = (F.cross_entropy(v.detach(), y, reduction="none") for v in (x, teacher))
+    focus = 1 - torch.exp(-of_student / (of_teacher + 1e-7))
+    soft = -((teacher / T).softmax(1) * (x / T).log_softmax(1)).sum(1)
+    return 2.25 * T * T * (focus * soft).mean()
+
+
+def plain_ofa(x: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    on = F.one_hot(y, x.shape[1])
+    weight = (teacher.softmax(1) + on).pow(1.5)
+    return -((weight - on) * x.softmax(1).log()).sum(1).mean()
+
+
+def plain_aekt(x: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    on = F.one_hot(y, x.shape[1]).bool()
+    q, p = (x / T).softmax(1), (teacher / T).softmax(1)
+    two_q, two_p = (torch.stack([v[on], v.masked_fill(on, 0).sum(1)], 1) for v in (q, p))
+    ratio = (two_p[:, 0] / two_q[:, 0].detach()).clamp(0, 2)
+    target = F.kl_div(two_q.log(), two_p, reduction="none").sum(1)
+    others_q, others_p = ((v / T).masked_fill(on, -1000.0) for v in (x, teacher))
+    others = F.kl_div(others_q.log_softmax(1), others_p.softmax(1), reduction="none").sum(1)
+    return T * T * (ratio * target + others).mean()
+
+
+def plain_cc(s: Tensor, t: Tensor) -> Tensor:
+    delta = (s - t).abs()
+    return (delta[:-1] * delta[1:]).sum(1).mean()
+
+
+def plain_vid(s: Tensor, t: Tensor, log_scale: Tensor) -> Tensor:
+    variance = (torch.log(1 + torch.exp(log_scale)) + 1e-5).view(1, -1, 1, 1)
+    return (0.5 * ((s - t) ** 2 / variance + torch.log(variance))).mean()
+
+
+def plain_srrl(s: Tensor, t: Tensor, classifier: Tensor) -> Tensor:
+    return F.mse_loss(s, t) + 5 * F.mse_loss(s @ classifier, t @ classifier)
+
+
+def plain_reviewkd(s: Tensor, t: Tensor) -> Tensor:
+    loss, weight, total = F.mse_loss(s, t), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < s.shape[2]:
+            weight /= 2
+            loss = loss + weight * F.mse_loss(
+                F.adaptive_avg_pool2d(s, (side, side)), F.adaptive_avg_pool2d(t, (side, side))
+            )
+            total += weight
+    return loss / total
+
+
+def plain_crd(scores: Tensor, num_rows: int) -> Tensor:
+    negatives = scores.shape[1] - 1
+    noise = torch.full_like(scores[:, :1], negatives / num_rows)
+    positive = torch.log(scores[:, :1] / (scores[:, :1] + noise + 1e-7))
+    others = torch.log(noise / (scores[:, 1:] + noise + 1e-7))
+    return -(positive.sum() + others.view(-1, 1).sum()) / len(scores)
+
+
+def plain_one(branches: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    ensemble = (branches * gate.unsqueeze(2)).sum(1)
+    loss, p = F.cross_entropy(ensemble, y), (ensemble.detach() / 3).softmax(1)
+    for i in range(branches.shape[1]):
+        own = branches[:, i]
+        loss = loss + F.cross_entropy(own, y) + 9 * F.kl_div((own / 3).log_softmax(1), p, reduction="batchmean")
+    return loss
 
 
 def plain_at(maps: list[Tensor], teachers: list[Tensor]) -> Tensor:
@@ -154,6 +225,8 @@ def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Los
     m_s, m_t = normal(rows, 32, side, side), normal(rows, 32, side, side).relu()
     before = normal(rows, 32, side, side)  # a teacher's ReLU
     margin = losses.ofd_margin(before)
+    wide, classifier, scale = normal(rows, width), normal(width, classes), normal(32)
+    branches, gate = 3 * normal(rows, 3, classes), normal(rows, 3).softmax(1)
     return {
         "kd, k = C": (lambda v: losses.kd_loss(v, labels, temperature=T), lambda v: plain_kd(v, teacher), x),
         "kd, k = 10, uniform": (
@@ -167,6 +240,53 @@ def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Los
         "nkd": (lambda v: losses.nkd_loss(v, labels, y), lambda v: plain_nkd(v, teacher, y), x),
         "ttm": (lambda v: losses.ttm_loss(v, labels, temperature=T), lambda v: plain_ttm(v, teacher), x),
         "mlkd": (lambda v: losses.mlkd_loss(v, labels), lambda v: plain_mlkd(v, teacher), x),
+        "wttm": (
+            lambda v: losses.wttm_loss(v, labels, temperature=T),
+            lambda v: ((teacher.softmax(1) ** (1 / T)).sum(1) * plain_rows_ttm(v, teacher)).mean(),
+            x,
+        ),
+        "wsld": (lambda v: losses.wsld_loss(v, labels, y), lambda v: plain_wsld(v, teacher, y), x),
+        "ofa": (lambda v: losses.ofa_loss(v, labels, y), lambda v: plain_ofa(v, teacher, y), x),
+        "aekt": (lambda v: losses.aekt_loss(v, labels, y), lambda v: plain_aekt(v, teacher, y), x),
+        "ctkd, at one temperature": (
+            lambda v: losses.ctkd_loss(v, labels, temperature=torch.tensor(T)),
+            lambda v: plain_kd(v, teacher),
+            x,
+        ),
+        "bss": (
+            lambda v: losses.bss_loss(v, labels, temperature=3.0),
+            lambda v: F.kl_div((v / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean"),
+            x,
+        ),
+        "dml, two peers": (
+            lambda v: losses.dml_loss(v, torch.stack([teacher, -teacher], 1)),
+            lambda v: sum(  # type: ignore[return-value]
+                F.kl_div(v.log_softmax(1), p.softmax(1), reduction="batchmean") / 2 for p in (teacher, -teacher)
+            ),
+            x,
+        ),
+        "one": (lambda v: losses.one_loss(v, gate, y), lambda v: plain_one(v, gate, y), branches),
+        "cc": (lambda v: losses.cc_loss(v, wide), lambda v: plain_cc(v, wide), e_s),
+        "vid, without regressor": (
+            lambda v: losses.vid_loss(v, m_t, scale),
+            lambda v: plain_vid(v, m_t, scale),
+            m_s,
+        ),
+        "srrl, without connector": (
+            lambda v: losses.srrl_loss(v, wide, v @ classifier, wide @ classifier),
+            lambda v: plain_srrl(v, wide, classifier),
+            e_s,
+        ),
+        "reviewkd, without fusion": (
+            lambda v: losses.reviewkd_loss([v], [m_t]),
+            lambda v: plain_reviewkd(v, m_t),
+            m_s,
+        ),
+        "crd, of scores": (
+            lambda v: losses.contrastive_loss(v.exp(), 50_000),
+            lambda v: plain_crd(v.exp(), 50_000),
+            normal(rows, 1025),
+        ),
         "at": (lambda v: losses.at_loss([v], [m_t]), lambda v: plain_at([v], [m_t]), m_s),
         "sp": (lambda v: losses.sp_loss([v], [e_t]), lambda v: plain_sp(v, e_t), e_s),
         "rkd": (lambda v: losses.rkd_loss(v, e_t), lambda v: plain_rkd(v, e_t), e_s),

@@ -33,7 +33,7 @@ from kddata.losses.rkd import rkd_angle_loss, rkd_distance_loss, rkd_loss
 from kddata.losses.rows import RowStats
 from kddata.losses.sp import sp_loss
 from kddata.losses.srrl import Connector, TeacherClassifier, feature_mean_loss, srrl_loss
-from kddata.losses.ttm import ttm_loss
+from kddata.losses.ttm import ttm_loss, wttm_loss
 from kddata.losses.vid import VariationalRegressor, vid_loss
 from kddata.losses.wsld import wsld_loss
 
@@ -94,4 +94,5 @@ __all__ = [
     "ttm_loss",
     "vid_loss",
     "wsld_loss",
+    "wttm_loss",
 ]

@@ -17,7 +17,7 @@ from kddata.losses.hard import Reduction
 from kddata.losses.needs import Needs, Seen
 from kddata.losses.terms import Shapes
 
-OF_ROWS = ("kd", "hard", "dkd", "lskd", "nkd", "wsld", "ttm", "ofa")
+OF_ROWS = ("kd", "hard", "dkd", "lskd", "nkd", "wsld", "ttm", "wttm", "ofa")
 """Methods whose loss of a row is that row's own, whatever else is in the batch."""
 
 HARD_ALONE = "learn from soft labels alone (such as method.name=kd method.alpha=1), or add labels to the images"

@@ -33,7 +33,7 @@ from kddata.losses.ofa import ofa_loss
 from kddata.losses.one import one_loss
 from kddata.losses.sums import sum_of
 from kddata.losses.terms import TERMS, Shapes
-from kddata.losses.ttm import ttm_loss
+from kddata.losses.ttm import ttm_loss, wttm_loss
 from kddata.losses.wsld import wsld_loss
 
 _OF_A_BATCH = {"seen", "reduction", "ignore_index", "weights_B", "targets2_B", "lam", "on_stats", "debug"}
@@ -60,7 +60,7 @@ def make(name: str, **args: Any) -> Method:
         nkd     temperature=1, gamma=1.5, tail=None
         wsld    temperature=4, alpha=2.25, tail=None
         dist    temperature=1, beta=1, gamma=1, tail=None
-        ttm     temperature=4, weighted=False
+        ttm     temperature=4, weighted=False; wttm is ttm with weighted
         ofa     temperature=1, eps=1.5, tail=None
         mlkd    temperatures=(2, 3, 4, 5, 6), tail=None
         ctkd    start=1, span=20, ramp_steps=0; a learned temperature
@@ -338,6 +338,7 @@ METHODS: dict[str, _Entry] = {
     "wsld": _Entry(wsld_loss, partial(_dense, targets=True, at_1=True)),
     "dist": _Entry(dist_loss, _dense),
     "ttm": _Entry(ttm_loss, _dense),
+    "wttm": _Entry(wttm_loss, _dense),
     "ofa": _Entry(ofa_loss, partial(_dense, targets=True)),
     "mlkd": _Entry(
         _mlkd,

@@ -30,3 +30,26 @@ def ttm_loss(
     if weighted:
         loss_B = (teacher_log_p(dense, temperature=1.0) / temperature).logsumexp(1).exp() * loss_B
     return reduce_rows(dense, loss_B, reduction=reduction, weights_B=weights_B, known_only=False)
+
+
+def wttm_loss(
+    student_logits_BC: Tensor,
+    labels: SoftLabels,
+    targets_B: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    weights_B: Tensor | None = None,
+) -> Tensor:
+    """`ttm_loss` with `weighted`, under the name that its paper gives it."""
+    return ttm_loss(
+        student_logits_BC,
+        labels,
+        targets_B,
+        temperature=temperature,
+        weighted=True,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        weights_B=weights_B,
+    )
