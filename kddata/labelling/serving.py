@@ -67,6 +67,8 @@ def _filled(values: dict[str, Any], job: LabellingJob) -> dict[str, Any]:
         values = {**values, "temperature": job.temperatures[0]}
         if job.keep == "sampled":
             values = {"tail": "sampled", **values}
+    if "node" in lacking:  # of the student
+        values = {**values, "node": "layer"}
     if "num_images" in lacking:
         values = {**values, "num_images": 1}
     if "classifier" in lacking:

@@ -144,11 +144,10 @@ class Method:
         elif needs.sampled and not sampled:
             missing = "classes drawn at random", "the top classes", "set method.tail to bucket"
         elif sampled and not needs.sampled:
-            missing = (
-                "top classes",
-                "classes drawn at random",
-                f"{by} labels.keep=top (or use method kd with tail sampled)",
-            )
+            fix = f"{by} labels.keep=top (or use method kd with tail sampled)"
+            if self.name == "kd":
+                fix = f"set method.tail to sampled, at temperature 1, or {by} labels.keep=top"
+            missing = "top classes", "classes drawn at random", fix
         elif needs.all_classes and k != num_classes:
             fix = f"{by} labels.k={num_classes} (or set method.tail, where the method has it)"
             missing = "all classes", f"k = {k} of {num_classes}", fix

@@ -314,11 +314,12 @@ def small_linear(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
 
 
-def test_a_teacher_that_cannot_be_compiled_is_refused(monkeypatch):
-    torch.compiler.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_a_teacher_that_cannot_be_compiled_is_refused():
+    import torch._inductor.config as inductor
+
     args = TeacherArgs(arch=f"python:{__name__}:small_tanh", num_classes=5, size_px=8)
-    with pytest.raises(TeacherError, match=r"has a compiler: C\+\+ on the CPU.*teacher.compile=false"):
+    no_compiler = inductor.patch("cpp.cxx", ("no-such-compiler",))
+    with no_compiler, pytest.raises(TeacherError, match=r"has a compiler: C\+\+ on the CPU.*teacher.compile=false"):
         load_teacher(args, compile=True)
 
 
