@@ -25,11 +25,15 @@ from kddata.views import pixel_hash
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A store, the number in the merged one of its first image shard, and why images of it are bad."""
+    """A store, the number in the merged one of its first image shard, and why images of it are bad.
+
+    `units` are those of each piece of images, by (its image shard in the merged store, first image).
+    """
 
     store: LabelStore
     first_shard: int
     bad: dict[str, str]
+    units: dict[tuple[int, int], list[Unit]]
 
 
 def merge(out: str, stores: Sequence[str], *, images: str | Sequence[str] | None = None) -> LabelStore:
@@ -85,7 +89,10 @@ def merge(out: str, stores: Sequence[str], *, images: str | Sequence[str] | None
 
 
 def _part(store: LabelStore, first_shard: int) -> _Part:
-    return _Part(store=store, first_shard=first_shard, bad=dict(store.info()["bad"]))
+    units: dict[tuple[int, int], list[Unit]] = {}
+    for unit in store.units():
+        units.setdefault((unit.shard + first_shard, unit.start), []).append(unit)
+    return _Part(store=store, first_shard=first_shard, bad=dict(store.info()["bad"]), units=units)
 
 
 def _as_tuple(location: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -184,9 +191,7 @@ def _rows(
     found: list[LabelRows] = []
     reasons: dict[str, str] = {}
     for part in parts:
-        for theirs in part.store.units():
-            if (theirs.shard + part.first_shard, theirs.start) != (unit.shard, unit.start):
-                continue
+        for theirs in part.units.get((unit.shard, unit.start), ()):
             if theirs.view_start < unit.view_stop and unit.view_start < theirs.view_stop:
                 rows = part.store.read(theirs.number)
                 wanted = (rows.view >= unit.view_start) & (rows.view < unit.view_stop)
