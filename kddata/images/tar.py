@@ -20,6 +20,7 @@ from kddata.images.source import ImageRef, ImageShard, check_image_id, check_lab
 _BLOCK = 512
 _SPAN_BYTES = 8 << 20  # read at once
 _GAP_BYTES = 64 << 10  # between two images that are still read at once
+_REMOTE_GAP_BYTES = 1 << 20  # a request costs as much as so many bytes, so that dense reads stream the shard
 _MAX_NAME_BYTES = 1 << 16  # of a long-name or pax header
 _MAX_LABEL_BYTES = 32
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as webdataset splits names: at the first dot
@@ -65,12 +66,14 @@ class TarSource:
         return ImageShard(name=shard_name, size_bytes=size_bytes, num_images=len(refs)), refs
 
     def stream(self, shard_name: str, refs: Sequence[ImageRef]) -> Iterator[tuple[ImageRef, bytes]]:
-        """The images of these references, read in spans of up to 8 MiB, remote ones one span ahead."""
+        """The images of these references, read in spans of up to 8 MiB, remote ones one span ahead.
+
+        What lies between two images is read too where that is cheaper than another request.
+        """
         url = files.path_of(self.paths, shard_name, self.location)
-        spans = list(_spans(refs))
-        blocks = files.in_order(
-            lambda span: files.read_range(url, span[0], span[1]), spans, ahead=0 if files.is_local(url) else 1
-        )
+        local = files.is_local(url)
+        spans = list(_spans(refs, _GAP_BYTES if local else _REMOTE_GAP_BYTES))
+        blocks = files.in_order(lambda span: files.read_range(url, *span[:2]), spans, ahead=0 if local else 1)
         for (start, _, members), block in zip(spans, blocks, strict=True):
             for ref in members:
                 yield ref, block[ref.offset - start : ref.offset - start + ref.length]
@@ -81,13 +84,13 @@ class TarSource:
         return files.read_range(url, ref.offset, ref.offset + ref.length)
 
 
-def _spans(refs: Sequence[ImageRef]) -> Iterator[tuple[int, int, list[ImageRef]]]:
+def _spans(refs: Sequence[ImageRef], gap_bytes: int = _GAP_BYTES) -> Iterator[tuple[int, int, list[ImageRef]]]:
     """(start, stop, references in it) of each read: neighbours that rise by offset are read at once."""
     members: list[ImageRef] = []
     start = stop = 0
     for ref in refs:
         end = max(stop, ref.offset + ref.length)
-        joins = members and members[-1].offset <= ref.offset <= stop + _GAP_BYTES and end - start <= _SPAN_BYTES
+        joins = members and members[-1].offset <= ref.offset <= stop + gap_bytes and end - start <= _SPAN_BYTES
         if members and not joins:
             yield start, stop, members
             members = []

@@ -6,6 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from kddata.errors import BadImageError, SourceError
@@ -212,3 +213,26 @@ def test_a_stream_reads_many_images_at_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("kddata.images.tar._SPAN_BYTES", 10_000)
     assert [data for _, data in source.stream("00000.tar", refs)] == [source.fetch("00000.tar", ref) for ref in refs]
     assert max(reads) <= 10_000
+
+
+def test_a_remote_shard_is_streamed_through_gaps_that_cost_less_than_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of 300 kB, every other one: locally each by itself, from far away the shard in one read."""
+    members = [(f"{i}.jpg", bytes([i]) * 300_000) for i in range(8)]
+    write_tar(tmp_path / "a.tar", members)
+    fsspec.filesystem("memory").pipe_file("/gaps/a.tar", (tmp_path / "a.tar").read_bytes())
+    reads: list[int] = []
+    read_range = image_files.read_range
+
+    def counted(url: str, start: int, stop: int) -> bytes:
+        reads.append(stop - start)
+        return read_range(url, start, stop)
+
+    monkeypatch.setattr(image_files, "read_range", counted)
+    for location, number in ((str(tmp_path / "a.tar"), 4), ("memory://gaps/a.tar", 1)):
+        source = open_source(location)
+        refs = source.scan("a.tar")[1][::2]
+        reads.clear()
+        assert [data[:1] for _, data in source.stream("a.tar", refs)] == [bytes([i]) for i in (0, 2, 4, 6)]
+        assert len(reads) == number
