@@ -25,6 +25,12 @@ def store() -> LabelStore:
     return small_store(f"memory://{uuid.uuid4().hex}")
 
 
+@pytest.fixture(params=["arrow", "tar"])
+def any_store(request: pytest.FixtureRequest) -> LabelStore:
+    spec = dataclasses.replace(small_spec(), format=request.param)
+    return small_store(f"memory://{uuid.uuid4().hex}", spec=spec)
+
+
 def put(storage: Storage, name: str, data: bytes) -> None:
     with storage.replacing(name) as out:
         out.write(data)
@@ -55,20 +61,20 @@ def test_two_thousand_flipped_bits_are_all_found_and_named(format: Format) -> No
     assert verify_store(store.url) == []
 
 
-def test_every_file_cut_missing_empty_or_longer(store: LabelStore) -> None:
-    storage = store.storage
+def test_every_file_cut_missing_empty_or_longer(any_store: LabelStore) -> None:
+    storage = any_store.storage
     for name in storage.sizes():
         data = storage.read(name)
         for other in (data[:-1], data[: len(data) // 2], b"", data + b"\0"):
             put(storage, name, other)
-            assert files(verify_store(store.url)) == [name]
+            assert files(verify_store(any_store.url)) == [name]
         storage.remove(name)
-        assert [(problem.file, problem.reason) for problem in verify_store(store.url)] == [(name, "missing")]
+        assert [(problem.file, problem.reason) for problem in verify_store(any_store.url)] == [(name, "missing")]
         put(storage, name, data)
 
 
-def test_any_two_files_swapped(store: LabelStore) -> None:
-    storage = store.storage
+def test_any_two_files_swapped(any_store: LabelStore) -> None:
+    storage = any_store.storage
     names = list(storage.sizes())
     for i, one in enumerate(names):
         for other in names[:i]:
@@ -78,7 +84,7 @@ def test_any_two_files_swapped(store: LabelStore) -> None:
                 continue
             put(storage, one, b)
             put(storage, other, a)
-            found = set(files(verify_store(store.url)))
+            found = set(files(verify_store(any_store.url)))
             # A manifest of a store is sealed, wherever it lies: the other one of the pair then judges the rest.
             assert {one, other} <= found
             put(storage, one, a)
@@ -94,11 +100,11 @@ def test_stale_files_of_another_labelling_of_the_same_images(store: LabelStore) 
         put(store.storage, name, data)
 
 
-def test_extra_files_of_any_name(store: LabelStore) -> None:
+def test_extra_files_of_any_name(any_store: LabelStore) -> None:
     for name in ("x", "labels/000077.arrow", ".tmp-0123456789abcdef", "receipts/000000.json", "labels/a/b"):
-        store.storage.create(name, b"x")
-        assert files(verify_store(store.url)) == [name]
-        store.storage.remove(name)
+        any_store.storage.create(name, b"x")
+        assert files(verify_store(any_store.url)) == [name]
+        any_store.storage.remove(name)
 
 
 def test_a_later_manifest_that_vanished_is_missed(store: LabelStore) -> None:

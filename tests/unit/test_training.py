@@ -191,9 +191,11 @@ def test_a_torn_checkpoint_is_never_loaded(job, monkeypatch):
     assert train(job).loss_S == undisturbed.loss_S
 
 
-def test_a_run_may_lie_on_other_storage(job):
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_a_run_may_lie_on_other_storage(job, scheme, request):
     undisturbed = train(job)
-    elsewhere = dataclasses.replace(job, run="memory://runs/elsewhere", checkpoint_steps=2)
+    root = "memory://runs" if scheme == "memory" else f"{request.getfixturevalue('s3_bucket')}/runs"
+    elsewhere = dataclasses.replace(job, run=f"{root}/elsewhere", checkpoint_steps=2)
     with pytest.raises(Stop):
         train(elsewhere, report=stop_after(8))
     assert train(elsewhere).loss_S == undisturbed.loss_S
