@@ -129,7 +129,7 @@ def _check_pixels(height_px: int, width_px: int, max_pixels: int) -> None:
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """The image by Pillow, its header alone read; what Pillow finds wrong with it becomes a BadImageError."""
     if not data:
-        raise _bad("zero bytes: an empty file, or one that a truncated tar has lost")
+        raise _bad("zero bytes: an empty file, one that a truncated tar has lost, or one of more than 1 GiB")
     try:
         with Image.open(io.BytesIO(data), formats=_PIL_FORMATS) as image:
             yield image

@@ -14,7 +14,7 @@ from typing import Literal
 
 from kddata.errors import SourceError
 from kddata.images import files
-from kddata.images.source import ImageRef, ImageShard, check_image_id, check_unique, is_image_suffix
+from kddata.images.source import MAX_IMAGE_BYTES, ImageRef, ImageShard, check_image_id, check_unique, is_image_suffix
 
 _AHEAD = 16  # remote files under way at once
 
@@ -51,7 +51,8 @@ class FolderSource:
         for name, size in sorted(found.items()):
             check_image_id(name, self.root)
             top, slash, _ = name.partition("/")
-            refs.append(ImageRef(image_id=name, label=classes[top] if slash else None, offset=0, length=size))
+            length = size if size <= MAX_IMAGE_BYTES else 0
+            refs.append(ImageRef(image_id=name, label=classes[top] if slash else None, offset=0, length=length))
         check_unique(refs, self.root)
         return ImageShard(name=".", size_bytes=sum(found.values()), num_images=len(refs)), refs
 

@@ -16,6 +16,7 @@ SourceKind = Literal["tar", "folder", "parquet"]
 
 # What Pillow and torchvision read that people keep image sets in; anything else beside the images is left alone.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+MAX_IMAGE_BYTES = 1 << 30  # of an encoded image; a larger one is recorded with no bytes, and so is a bad image
 NO_LABEL = -1  # how image sets write "none" where a number must stand
 _MAX_LABEL = 2**31 - 1
 

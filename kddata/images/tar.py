@@ -15,7 +15,15 @@ from typing import IO, Literal
 
 from kddata.errors import SourceError
 from kddata.images import files
-from kddata.images.source import ImageRef, ImageShard, check_image_id, check_label, check_unique, is_image_suffix
+from kddata.images.source import (
+    MAX_IMAGE_BYTES,
+    ImageRef,
+    ImageShard,
+    check_image_id,
+    check_label,
+    check_unique,
+    is_image_suffix,
+)
 
 _BLOCK = 512
 _SPAN_BYTES = 8 << 20  # read at once
@@ -111,7 +119,8 @@ def _walk(file: IO[bytes], size: int, shard: str, url: str) -> tuple[list[tuple[
         key, suffix = parts.groups() if parts else ("", "")
         cut = name is None or offset + length > size
         if is_image_suffix(suffix):  # a part of an image is none, even where a decoder would take it
-            images.append((check_image_id(key, url), offset, 0 if cut else length))
+            lost = cut or length > MAX_IMAGE_BYTES
+            images.append((check_image_id(key, url), offset, 0 if lost else length))
         elif cut:
             images.append((shard + _CUT, offset, 0))
         elif suffix.lower() == "cls":

@@ -302,6 +302,19 @@ def test_an_image_over_the_pixel_limit_is_a_bad_image(images, tmp_path):
         label_store(_job(images, tmp_path / "store", max_pixels=900))
 
 
+@pytest.mark.parametrize("form", ["tar", "folder"])
+def test_an_image_of_too_many_bytes_is_never_read(tmp_path, monkeypatch, form):
+    images = make_images(tmp_path / "images", num_images=6, form=form)
+    source = open_source(images)
+    lengths = [ref.length for name in source.shard_names() for ref in source.scan(name)[1]]
+    monkeypatch.setattr(f"kddata.images.{form}.MAX_IMAGE_BYTES", max(lengths) - 1)
+    store = label_store(_job(images, tmp_path / "store", bad_images=0.5)).store
+    (found,) = store.info()["bad"]
+    assert "more than 1 GiB" in found[1]
+    largest = [ref.image_id for name in source.shard_names() for ref in source.scan(name)[1] if not ref.length]
+    assert largest == [found[0]]
+
+
 def test_a_thin_strip_that_would_become_huge_is_a_bad_image(tmp_path):
     strip = encode(np.zeros((1, 3000, 3), np.uint8), "png")
     write_tar(tmp_path / "strip.tar", [("strip.png", strip)])
