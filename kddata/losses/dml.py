@@ -25,7 +25,8 @@ def dml_loss(
 ) -> Tensor:
     """Mean over the other peers of KL(peer || student) at temperature 1; no gradient reaches them.
 
-    With labels, a cached teacher is one more peer: KL(teacher || student), the classes that were not kept taken as one.
+    With labels, a cached teacher is one more peer, which the paper has not: KL(teacher || student), the classes that
+    were not kept taken as one.
 
     Source: Zhang et al., "Deep mutual learning" (CVPR 2018), equations 4 and 8. Cross-entropy with the ground truth is
     added by whoever trains, as is the order of the updates.

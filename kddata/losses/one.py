@@ -32,7 +32,8 @@ def one_loss(
     The ensemble is a target as it is: KL has no gradient in z_e, which learns, with the gate, by its cross-entropy.
     With labels, a cached teacher is one more to learn from: T^2 sum_m KL(teacher_T || softmax(z_m / T)) is added.
 
-    Source: Lan et al., "Knowledge distillation by on-the-fly native ensemble" (NeurIPS 2018), equations 4 to 8.
+    Source: Lan et al., "Knowledge distillation by on-the-fly native ensemble" (NeurIPS 2018), equations 4 to 8. Unlike
+    the authors' code, this adds no 1e-7 to the ensemble's probabilities, and no ramp of the KL over the first epochs.
     """
     if branch_logits_BMC.ndim != 3 or gate_BM.shape != branch_logits_BMC.shape[:2]:
         raise ConfigError(
