@@ -114,7 +114,7 @@ def label(
                     on_standing(tally.standing())
                     labelling.check_bad_images(store, tally.bad, limit=job.bad_images)
                     driver.check()
-            labelling.finish(store, limit=job.bad_images)
+            labelling.finish(store, limit=job.bad_images, bad=tally.bad)
     return Labelled(store=store, new_units=new_units)
 
 
@@ -248,7 +248,8 @@ class _Tally:
     """Sums over the receipts of a store: those that were there, and those that come."""
 
     def __init__(self, store: LabelStore) -> None:
-        self._units, self._first = store.units(), next((unit.number for unit in store.units()), 0)
+        self._units = store.units()
+        self._first = self._units[0].number if len(self._units) else 0
         self._total_views = sum(map(_views, self._units))
         self._views = self._correct = self._labelled = 0
         self.bad: dict[str, str] = {}

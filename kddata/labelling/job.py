@@ -117,7 +117,7 @@ def label_store(
             bad.update(receipt.bad)
             check_bad_images(store, bad, limit=job.bad_images)
             driver.check()
-        finish(store, limit=job.bad_images)
+        finish(store, limit=job.bad_images, bad=bad)
     return Labelled(store=store, new_units=len(units))
 
 
@@ -201,13 +201,7 @@ def missing_units(store: LabelStore) -> list[Unit]:
 
 def each_missing_unit(store: LabelStore) -> Iterator[Unit]:
     """The same, one after the other, of those that are missing now: none is held."""
-    units = store.units()
-    first = next((unit.number for unit in units), 0)
-    finished = np.zeros(len(units), dtype=bool)
-    for number in store.finished_numbers():
-        if 0 <= number - first < len(units):
-            finished[number - first] = True
-    return (unit for unit in units if not finished[unit.number - first])
+    return (unit for unit, done in zip(store.units(), store.finished_units(), strict=True) if not done)
 
 
 def check_bad_images(store: LabelStore, bad: dict[str, str], *, limit: float) -> None:
@@ -227,9 +221,15 @@ def check_bad_images(store: LabelStore, bad: dict[str, str], *, limit: float) ->
         )
 
 
-def finish(store: LabelStore, *, limit: float) -> None:
-    """Commits a store whose units are all finished. Raises BadImageBudgetError, or StoreMissingError."""
-    check_bad_images(store, dict(pair for r in store.receipts() for pair in r.bad), limit=limit)
+def finish(store: LabelStore, *, limit: float, bad: dict[str, str] | None = None) -> None:
+    """Commits a store whose units are all finished. Raises BadImageBudgetError, or StoreMissingError.
+
+    Args:
+        bad: reason by image id, where it is known already; None to gather it from the receipts.
+    """
+    if bad is None:
+        bad = dict(pair for receipt in store.receipts() for pair in receipt.bad)
+    check_bad_images(store, bad, limit=limit)
     store.commit()
 
 

@@ -9,11 +9,12 @@ import errno
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from kddata.errors import StoreError
-from kddata.store.steps import Disk, HashingWriter, stepping
+from kddata.store.steps import REMOVED_AT_ONCE, Disk, HashingWriter, stepping
 
 _CHUNK_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,9 +32,12 @@ class LocalStorage:
     def _disk(self) -> Disk:
         return stepping(_DISK)
 
+    def listing(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        below = f"{folder}/" if folder else ""
+        return ((below + name, size) for name, size in self._disk.listing(self._root / folder))
+
     def sizes(self, folder: str = "") -> dict[str, int]:
-        found = self._disk.sizes(self._root / folder)
-        return dict(sorted((path.relative_to(self._root).as_posix(), size) for path, size in found.items()))
+        return dict(sorted(self.listing(folder)))
 
     def read(self, name: str) -> bytes:
         disk = self._disk
@@ -81,8 +85,9 @@ class LocalStorage:
         self._disk.remove(self._root / name)
 
     def remove_folder(self, folder: str) -> None:
-        for name in self.sizes(folder):
-            self.remove(name)
+        while names := [name for name, _ in islice(self.listing(folder), REMOVED_AT_ONCE)]:
+            for name in names:
+                self.remove(name)
         if (self._root / folder).is_dir():
             try:
                 self._disk.remove_folder(self._root / folder)

@@ -11,16 +11,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from kddata.errors import ConfigError, StoreError
-from kddata.store.steps import HashingWriter, stepping
+from kddata.store.steps import REMOVED_AT_ONCE, HashingWriter, stepping
 
 TRIES = 6
 PAUSE_S = 0.2  # after the first failure; doubled after each
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 20
 _CHUNK_BYTES = 8 << 20
+_PAGE_NAMES = 1000  # of a listing; the most that S3 gives
 _TAKEN = ("PreconditionFailed", "412")  # S3's answers to a key that is taken
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -55,8 +57,24 @@ class S3Storage:
         fs.retries = 1
         return stepping(fs)
 
+    def listing(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        bucket, _, prefix = self._root.partition("/")
+        above = f"{prefix}/" if prefix else ""
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page.get("IsTruncated"):
+            wanted = {"Bucket": bucket, "Prefix": above + (f"{folder}/" if folder else ""), "MaxKeys": _PAGE_NAMES}
+            if "NextContinuationToken" in page:
+                wanted["ContinuationToken"] = page["NextContinuationToken"]
+            try:
+                page = self._page(folder, wanted)
+            except FileNotFoundError:  # no such bucket
+                return
+            for found in page.get("Contents", ()):
+                if not found["Key"].endswith("/"):  # a console marks empty folders so
+                    yield found["Key"][len(above) :], int(found["Size"])
+
     def sizes(self, folder: str = "") -> dict[str, int]:
-        return self._patiently(folder, lambda _: relative_sizes(self._fs, self._root, folder))
+        return dict(sorted(self.listing(folder)))
 
     def read(self, name: str) -> bytes:
         # One stream and one request: with more, s3fs asks for the size first, and nearly all files are small.
@@ -103,8 +121,12 @@ class S3Storage:
         self._patiently(name, lambda _: self._fs.rm_file(self._path(name)))
 
     def remove_folder(self, folder: str) -> None:
-        for name in self.sizes(folder):
-            self.remove(name)
+        while names := [name for name, _ in islice(self.listing(folder), REMOVED_AT_ONCE)]:
+            for name in names:
+                self.remove(name)
+
+    def _page(self, folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        return self._patiently(folder, lambda _: self._fs.call_s3("list_objects_v2", **wanted))
 
     def _piece(self, name: str, start: int, stop: int) -> bytes:
         return self._patiently(name, lambda _: self._fs.cat_file(self._path(name), start=start, end=stop))
@@ -142,12 +164,6 @@ class S3Storage:
             where=f"{self.url}/{name}",
             fix="check the network and the server, and run the same command again; finished units are kept",
         ) from last
-
-
-def relative_sizes(fs: Any, root: str, folder: str) -> dict[str, int]:
-    """Bytes of every file below a folder of an fsspec file system, by name below the root, in order of names."""
-    found = fs.find(f"{root}/{folder}".rstrip("/"), detail=True)
-    return {path[len(root) + 1 :]: int(info["size"]) for path, info in sorted(found.items()) if path != root}
 
 
 def _response(error: BaseException) -> dict[str, Any]:

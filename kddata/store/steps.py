@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+REMOVED_AT_ONCE = 4096  # files of a folder that is removed: names are listed again, and never all held
 _T = TypeVar("_T")
 _around: Callable[[Any], Any] | None = None
 
@@ -38,17 +39,24 @@ def faults(around: Callable[[Any], Any]) -> Iterator[None]:
 class Disk:
     """The steps of a local disk."""
 
-    def sizes(self, folder: Path) -> dict[Path, int]:
-        """Bytes of every file below a folder."""
-        found = {}
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                path = Path(parent, name)
-                try:
-                    found[path] = path.lstat().st_size
-                except FileNotFoundError:  # a temporary file of another writer, published meanwhile
-                    continue
-        return found
+    def listing(self, folder: Path) -> Iterator[tuple[str, int]]:
+        """(path below the folder, bytes) of every file below it, one after the other; none is held."""
+        folders = [""]
+        while folders:
+            below = folders.pop()
+            try:
+                with os.scandir(folder / below) as entries:
+                    for entry in entries:
+                        name = f"{below}{entry.name}"
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(f"{name}/")
+                            continue
+                        try:
+                            yield name, entry.stat(follow_symlinks=False).st_size
+                        except FileNotFoundError:  # a temporary file of another writer, published meanwhile
+                            continue
+            except (FileNotFoundError, NotADirectoryError):  # no such folder, or removed meanwhile
+                continue
 
     def make_folder(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from kddata.errors import ConfigError, StoreError
 from kddata.store.disk import LocalStorage
-from kddata.store.s3 import S3Storage, relative_sizes
+from kddata.store.s3 import S3Storage
 from kddata.store.steps import HashingWriter, stepping
 
 __all__ = ["TEMPORARY", "HashingWriter", "Storage", "open_storage", "require_create_once"]
@@ -33,8 +33,15 @@ class Storage(Protocol):
 
     url: str
 
+    def listing(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every file below a folder, in any order, as they are found: none is held, where it can be.
+
+        Nothing where there is no such folder. Files that come or go meanwhile may be left out.
+        """
+        ...
+
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of every file below a folder, by name, in order of names. Empty where there is no such folder."""
+        """The same by name, in order of names."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -112,9 +119,14 @@ class MemoryStorage:
 
         return stepping(fsspec.filesystem("memory"))
 
+    def listing(self, folder: str = "") -> Iterator[tuple[str, int]]:
+        return iter(self.sizes(folder).items())
+
     def sizes(self, folder: str = "") -> dict[str, int]:
         with _MEMORY_LOCK:
-            return relative_sizes(self._fs, self._root, folder)
+            found = self._fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
+        sizes = {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items() if path != self._root}
+        return dict(sorted(sizes.items()))
 
     def read(self, name: str) -> bytes:
         with _MEMORY_LOCK:

@@ -140,7 +140,7 @@ class LabelStore:
             stored = storage.read(HEADER)
         committed = manifest.find(storage)  # it counts where there is one, as an extension changes what store.json said
         copied = committed is None and manifest.read_or_none(storage, manifest.twin(MANIFEST)) is not None
-        if copied and not storage.sizes("receipts"):
+        if copied and next(storage.listing("receipts"), None) is None:
             manifest.load(storage)  # raises: to label everything again would be a dear way to restore one file
         found = committed or unseal(stored, where=f"{storage.url}/{HEADER}")
         manifest.require_same(found, head, where=storage.url)
@@ -220,7 +220,7 @@ class LabelStore:
             return set(range(len(self.images)))
         if self._base is not None:  # what an extension that was given up left behind is no index
             return set(range(len(self._base["image_shards"])))
-        return _numbers(self.storage.sizes("index"))
+        return set(_numbers(name for name, _ in self.storage.listing("index")))
 
     def write_index(
         self,
@@ -341,11 +341,21 @@ class LabelStore:
 
     def receipts(self) -> Iterator[Receipt]:
         """The same, one after the other by number: none is held."""
-        return map(self._receipt, sorted(self.finished_numbers()))
+        units = self.units()
+        return (self._receipt(units[int(i)].number) for i in np.flatnonzero(self.finished_units()))
 
-    def finished_numbers(self) -> set[int]:
-        """The numbers of finished units; none after the commit."""
-        return _numbers(self.storage.sizes("receipts"))
+    def finished_units(self) -> np.ndarray:
+        """bool [U]: which of `units` are finished; none after the commit. Memory: a byte a unit.
+
+        What was left behind by an extension that was given up is of no unit.
+        """
+        units = self.units()
+        first = units[0].number if len(units) else 0
+        finished = np.zeros(len(units), dtype=bool)
+        for number in _numbers(name for name, _ in self.storage.listing("receipts")):
+            if 0 <= number - first < len(units):
+                finished[number - first] = True
+        return finished
 
     def write_unit(
         self,
@@ -463,9 +473,9 @@ class LabelStore:
             self._units = self._images = self._base = None
         self.storage.remove(manifest.extension_name(self.manifest["generation"]))
         self.storage.remove_folder("receipts")
-        for name in self.storage.sizes():
-            if TEMPORARY.search(name):  # left behind by a writer that died
-                self.storage.remove(name)
+        left = [name for name, _ in self.storage.listing() if TEMPORARY.search(name)]  # by writers that died
+        for name in left:
+            self.storage.remove(name)
         return self.manifest
 
     def leftovers(self) -> list[str]:
@@ -473,11 +483,11 @@ class LabelStore:
 
         None while an extension is under way: they are its own.
         """
-        names, generation = list(self.storage.sizes()), self._committed["generation"]
-        if manifest.extension_name(generation + 1) in names:
+        generation = self._committed["generation"]
+        if manifest.read_or_none(self.storage, manifest.extension_name(generation + 1)) is not None:
             return []
         passing = (TEMPORARY, LOCK, re.compile("^receipts/"), re.compile(f"^{manifest.extension_name(generation)}$"))
-        return [name for name in names if any(pattern.search(name) for pattern in passing)]
+        return sorted(name for name, _ in self.storage.listing() if any(pattern.search(name) for pattern in passing))
 
     def _fold(self) -> dict[str, Any]:
         units, receipts = self.units(), self.finished()
@@ -657,6 +667,6 @@ def _require_names(shards: Sequence[IndexedShard], names: Sequence[str] | None, 
     )
 
 
-def _numbers(names: Iterable[str]) -> set[int]:
+def _numbers(names: Iterable[str]) -> Iterator[int]:
     """Of files named by a number, such as labels/000012.arrow; temporary files have none."""
-    return {int(match[1]) for name in names if (match := re.search(r"/(\d+)\.(?:arrow|json)$", name))}
+    return (int(match[1]) for name in names if (match := re.search(r"/(\d+)\.(?:arrow|json)$", name)))

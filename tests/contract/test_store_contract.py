@@ -103,6 +103,20 @@ def test_removing_what_is_not_there_is_no_error(url):
         list(storage.chunks("some/thing"))
 
 
+def test_a_listing_streams_what_lies_below_a_folder(url, monkeypatch):
+    monkeypatch.setattr("kddata.store.s3._PAGE_NAMES", 2)
+    storage = open_storage(url)
+    names = ["a/b/c", *(f"a/{i}" for i in range(7)), "ab"]
+    for name in names:
+        storage.create(name, name.encode())
+    assert sorted(storage.listing()) == sorted((name, len(name)) for name in names)
+    assert sorted(name for name, _ in storage.listing("a")) == sorted(names[:-1])
+    assert list(storage.listing("b")) == []
+    storage.remove_folder("a/b")
+    storage.remove_folder("a")
+    assert list(storage.listing()) == [("ab", 2)]
+
+
 # -- a store's life ---------------------------------------------------------------------------------------------------
 
 
