@@ -2,7 +2,8 @@
 
 The cut is made in the graph of the student's own forward pass (torch.fx), so that any architecture serves whose pass
 can be traced and goes through that module alone; both are found out, and said. Nothing of the student changes: its
-lower and upper part hold its own modules.
+lower and upper part hold its own modules, and call them, so that what is random in training (dropout, stochastic depth)
+stays so.
 
 Shapes: B views, M branches, C classes.
 """
@@ -10,6 +11,7 @@ Shapes: B views, M branches, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,26 +51,37 @@ class Branched(nn.Module):
 def cut(network: nn.Module, node: str, pixels: Tensor) -> tuple[nn.Module, nn.Module]:
     """(what comes before and with the module `node`, what comes after it), of the network's own modules.
 
-    Raises ConfigError for a module that is not there, a forward pass that cannot be traced or is another in evaluation
-    than the trace, and where something else leads past the module.
+    Raises ConfigError for a module that is not there, for a forward pass that cannot be traced, is another than its
+    trace, or another in training than in evaluation beside what its modules do, and for what leads past the module.
     """
     modules = dict(network.named_modules())
     if node not in modules or not node:
         raise ConfigError("branches part behind a module of the student", actual=repr(node), where="method.node")
+    training = network.training
     try:
-        graph = _Tracer(node).trace(network)
+        graph, of_evaluation = (_Tracer(node).trace(network.train(mode)) for mode in (True, False))
     except Exception as error:  # whatever a forward pass does with what it takes for tensors
         raise ConfigError(
             "branches are of students whose forward pass torch.fx can trace",
             actual=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             where=type(network).__name__,
         ) from error
-    calls = [x for x in graph.nodes if x.op == "call_module" and x.target == node]
-    fixed = [x for x in graph.nodes if "training" in x.kwargs]
-    if len(calls) != 1 or fixed:
+    finally:
+        network.train(training)
+    lines = (x.python_code("self").src.splitlines() for x in (graph, of_evaluation))
+    other = [(line or in_evaluation).strip() for line, in_evaluation in zip_longest(*lines) if line != in_evaluation]
+    if other:
         raise ConfigError(
-            "branches part behind a module that is called once, in a pass that is the same in training and evaluation",
-            actual=f"{len(calls)} calls of {node}" if len(calls) != 1 else f"{fixed[0].target} with training=",
+            "the pass of a student with branches is the same in training and evaluation, but for what its modules do",
+            actual=f"otherwise in {other[0].split(';')[0]}",
+            where=type(network).__name__,
+            fix="let a module do it, such as nn.Dropout, or use a student of another architecture",
+        )
+    calls = [x for x in graph.nodes if x.op == "call_module" and x.target == node]
+    if len(calls) != 1:
+        raise ConfigError(
+            "branches part behind a module that is called once",
+            actual=f"{len(calls)} calls of {node}",
             where="method.node",
         )
     (output,) = [x for x in graph.nodes if x.op == "output"]
@@ -90,7 +103,6 @@ def cut(network: nn.Module, node: str, pixels: Tensor) -> tuple[nn.Module, nn.Mo
             above[x] = upper.node_copy(x, above.__getitem__)
     lower.output(below[calls[0]])
     parts = fx.GraphModule(network, lower), fx.GraphModule(network, upper)
-    training = network.training
     network.eval()
     with torch.inference_mode():
         same = torch.equal(parts[1].eval()(parts[0].eval()(pixels)), network(pixels))
@@ -113,11 +125,12 @@ def _needed(last: fx.Node, *, until: fx.Node | None) -> set[fx.Node]:
 
 
 class _Tracer(fx.Tracer):
-    """Takes the module of that name whole."""
+    """Takes the module of that name whole, and those without modules in them, which ask for their mode in each pass."""
 
     def __init__(self, node: str) -> None:
         super().__init__()
         self._node = node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == self._node or super().is_leaf_module(m, module_qualified_name)
+        whole = module_qualified_name == self._node or next(m.children(), None) is None
+        return whole or super().is_leaf_module(m, module_qualified_name)

@@ -136,7 +136,10 @@ def _check_cohort(job: TrainingJob, method: Method) -> None:
         "student.compile": any(student.compile for student in students),
         "student.weights, where branches would start alike": method.needs.cohort == "branches"
         and job.student.weights is not None,
+        "optimizer.backbone_lr_scale, which would slow one branch alone": method.needs.cohort == "branches"
+        and job.optimizer.backbone_lr_scale != 1,
         "students of different numbers of classes": len({student.num_classes for student in students}) > 1,
+        "students of different precision": len({student.precision for student in students}) > 1,
     }
     found = [what for what, there in unfit.items() if there]
     if found:

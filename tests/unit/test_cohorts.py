@@ -98,19 +98,38 @@ def test_a_gate_shares_out_one() -> None:
 # -- branches ---------------------------------------------------------------------------------------------------------
 
 
+class Deep(nn.Module):
+    """Skips half of its rows in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(4, 5)
+        self.drop = torchvision.ops.StochasticDepth(0.5, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(x)).mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("build", "node"),
     [
+        (Deep, "first"),
         (lambda: small_cnn(5), "7"),
         (lambda: torchvision.models.resnet18(num_classes=5), "layer3"),
         (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), "features.8"),
     ],
 )
 def test_a_student_is_cut_into_its_own_modules(build: Callable[[], nn.Module], node: str) -> None:
-    network, x = build().train(), torch.randn(4, 3, 32, 32)
+    network, x = build().eval(), torch.randn(4, 3, 32, 32)
     lower, upper = cut(network, node, x)
-    network.eval(), lower.eval(), upper.eval()
-    assert torch.equal(upper(lower(x)), network(x))
+    assert not network.training
+    for mode in (True, False):
+        for part in (network, lower, upper):
+            part.train(mode)
+        torch.manual_seed(1)
+        whole = network(x)
+        torch.manual_seed(1)
+        assert torch.equal(upper(lower(x)), whole)
     own = {id(p) for p in network.parameters()}
     halves = [{id(p) for p in part.parameters()} for part in (lower, upper)]
     assert halves[0] | halves[1] == own
@@ -146,12 +165,35 @@ class Twice(nn.Sequential):
         return self[2](self[1](self[1](self[0](x))))
 
 
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(functional.dropout(self.first(x.flatten(1)), 0.5, self.training))
+
+
+class Talking(Dropping):
+    """Says more in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.last(self.first(x.flatten(1)))
+        return logits if self.training else logits + 1
+
+
 @pytest.mark.parametrize(
     ("network", "node", "message"),
     [
+        (
+            Dropping(),
+            "first",
+            r"the same in training and evaluation, .*got otherwise in dropout = .*Next: let a module",
+        ),
+        (Talking(), "first", r"the same in training and evaluation, .*got otherwise in return last"),
         (Past(), "first", r"goes through the module where branches part; got x reaches the logits by another way"),
         (Untraceable(), "first", r"torch.fx can trace; got TraceError"),
-        (Twice(), "1", r"called once, .*got 2 calls of 1"),
+        (Twice(), "1", r"called once; got 2 calls of 1"),
         (Past(), "second", r"behind a module of the student; got 'second'"),
     ],
 )
@@ -189,7 +231,7 @@ def test_channels_last_features_are_refused() -> None:
         Branched(network, [network], "norm", torch.randn(2, 3, 32, 32))
     assert Branched(network, [network], "stem", torch.randn(2, 3, 32, 32))
     swin = torchvision.models.swin_t(num_classes=5)
-    with pytest.raises(ConfigError, match=r"the same in training and evaluation; got .*with training="):
+    with pytest.raises(ConfigError, match=r"the same in training and evaluation, .*shifted_window_attention"):
         Branched(swin, [swin], "features.2", torch.randn(2, 3, 32, 32))
 
 
@@ -324,6 +366,18 @@ def test_two_processes_train_peers_as_one_does(store: LabelStore, tmp_path: Path
         ({"peers": ()}, r"got method dml with 0 peers"),
         ({"method": {"name": "hard"}}, r"got method hard with 1 peers"),
         ({"peers": (StudentArgs(arch=PLAIN, num_classes=7),)}, r"students of different numbers of classes"),
+        (
+            {"peers": (StudentArgs(arch=PLAIN, num_classes=5, precision="bfloat16"),)},
+            r"students of different precision",
+        ),
+        (
+            {
+                "peers": (),
+                "method": {"name": "one", "node": "0"},
+                "optimizer": OptimizerArgs(lr=0.05, epochs=1, backbone_lr_scale=0.1),
+            },
+            r"method one trains a cohort as it is; got with optimizer.backbone_lr_scale",
+        ),
         ({"teacher": fake_teacher_args(num_classes=5, size_px=16)}, r"a teacher in the loop"),
         ({"method": {"name": "one", "node": "7"}}, r"got method one with 1 peers"),
     ],
