@@ -1,7 +1,7 @@
 """Arrow: label shards and image indexes as Arrow IPC files, which any Arrow reader opens.
 
 Buffers are compressed with zstd. The schema's metadata, key `kddata`, says in JSON what the file belongs to. Arrow has
-no checksum: hashes are the caller's.
+no checksum: hashes are the caller's. What a file says that it unpacks to is checked before it is unpacked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from kddata.cards import canonical_json
-from kddata.errors import StoreDamagedError
+from kddata.errors import StoreDamagedError, StoreError
+from kddata.store import unpacking
 from kddata.store.steps import HashingWriter
 
 _KEY = b"kddata"
@@ -39,9 +40,18 @@ class ArrowFormat:
         batches: Iterable[pa.RecordBatch],
         image_bytes: object = None,
     ) -> None:
+        num_bytes = 0
         with _writer(out, schema, about) as writer:
             for batch in batches:
                 writer.write_batch(batch)
+                num_bytes += batch.nbytes
+        if num_bytes > unpacking.allowed_bytes(out.num_bytes):  # no reader would take it
+            raise StoreError(
+                f"a label shard is at most {unpacking.MOST_TIMES} times smaller than its labels and outputs",
+                actual=f"{num_bytes} bytes in {out.num_bytes}: nearly all are equal",
+                where=f"unit {about.get('unit')}",
+                fix="look at the teacher's outputs, leave out those that are always zero, or make units smaller",
+            )
 
     def read(self, data: bytes, schema_of: Callable[[dict[str, Any]], pa.Schema], *, where: str) -> pa.Table:
         table, about = _read(data, where=where)
@@ -73,6 +83,9 @@ def _writer(out: HashingWriter, schema: pa.Schema, about: dict[str, Any]) -> pa.
 
 def _read(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
     try:
+        claimed, allowed = unpacking.unpacked_bytes(data), unpacking.allowed_bytes(len(data))
+        if claimed > allowed:
+            raise ValueError(f"{len(data)} bytes that unpack to {claimed}; at most {allowed} are taken")
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         table.validate(full=True)
         about = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))

@@ -5,6 +5,7 @@ All cases of one kind run in one process of their own, whose memory is measured 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -18,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -234,7 +237,29 @@ def stores() -> Iterator[tuple[str, str, Case]]:
         "refused",
         lambda f: reread(f, images={"kind": "tar", "location": "pipe:touch canary"}),
     )
+    for compression in ("zstd", "lz4"):
+        yield f"labels that unpack to 1.5 GiB by {compression}", "refused", lambda f, c=compression: bomb(f, c)
     yield "code for a teacher", "harmless", lambda f: tampered(f, code_for_teacher, read=False)
+
+
+def bomb(folder: Path, compression: str) -> None:
+    """Reads a label shard of 1.5 GiB of zeros, which has the hash and the size that its manifest says."""
+    labels, content = a_store(folder)
+    path = labels / content["units"][0]["file"]
+    schema = pa.ipc.open_file(path.read_bytes()).schema
+    wide = pa.schema([pa.field("image_id", pa.int64())], metadata=schema.metadata)
+    batch = pa.record_batch([np.zeros(1 << 23, np.int64)], schema=wide)
+    with pa.ipc.new_file(path, wide, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        for _ in range(24):
+            writer.write_batch(batch)
+    data = path.read_bytes()
+    content["units"][0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content["totals"]["bytes"] = sum(unit["bytes"] for unit in content["units"])
+    for name in (MANIFEST, twin(MANIFEST)):
+        (labels / name).write_bytes(seal(content))
+    opened = LabelStore.open(str(labels))
+    assert not opened.verify()
+    opened.read(0)
 
 
 def code_for_teacher(content: dict) -> None:
