@@ -311,7 +311,7 @@ def test_a_job_trains_from_the_cache(name: str, photos: Photos, tmp_path: Path) 
 @pytest.mark.parametrize("teacher", [False, True], ids=["alone", "with the cached teacher"])
 @pytest.mark.parametrize("name", ["dml", "one"])
 def test_a_cohort_trains_on_the_views_of_a_store(name: str, teacher: bool, photos: Photos, tmp_path: Path) -> None:
-    """The loss falls, and the student comes to know its training images far better than by chance."""
+    """The loss falls, and the student is right about its training images twice as often as by chance."""
     method: dict[str, Any] = {"name": name, "teacher": teacher, **({"node": "4"} if name == "one" else {})}
     peer = StudentArgs(arch=f"python:{__name__}:teacher_net", num_classes=10)
     job = job_of(photos, tmp_path / "run", method, peers=(peer,) if name == "dml" else ())
@@ -320,7 +320,7 @@ def test_a_cohort_trains_on_the_views_of_a_store(name: str, teacher: bool, photo
     student = build_network(job.student.arch, num_classes=10, weights=f"{job.run}/model.safetensors").eval()
     with torch.inference_mode():
         right = [student(step.pixels).argmax(1) == step.batch.targets_B for step in photos.steps[: NUM_IMAGES // ROWS]]
-    assert torch.cat(right).float().mean() > 0.25
+    assert torch.cat(right).float().mean() > 0.2
 
 
 def test_mlkd_trains_on_pairs_of_views(photos: Photos, tmp_path: Path) -> None:
