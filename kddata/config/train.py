@@ -95,6 +95,7 @@ class Optimizer(Section):
     clip_norm: Positive | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     backbone_lr_scale: NotNegative = 1.0
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class FirstStage(Section):

@@ -29,6 +29,7 @@ _ADDED: tuple[tuple[str, str, object], ...] = (  # that former runs did not have
     ("data", "views_per_visit", 1),
     ("data", "views_together", 1),
     ("optimizer", "accumulate", 1),
+    ("optimizer", "layer_lr_decay", 1.0),
 )
 
 
@@ -136,8 +137,10 @@ def _check_cohort(job: TrainingJob, method: Method) -> None:
         "student.compile": any(student.compile for student in students),
         "student.weights, where branches would start alike": method.needs.cohort == "branches"
         and job.student.weights is not None,
-        "optimizer.backbone_lr_scale, which would slow one branch alone": method.needs.cohort == "branches"
-        and job.optimizer.backbone_lr_scale != 1,
+        "optimizer.backbone_lr_scale or layer_lr_decay, which would slow one branch alone": (
+            method.needs.cohort == "branches"
+            and (job.optimizer.backbone_lr_scale, job.optimizer.layer_lr_decay) != (1, 1)
+        ),
         "students of different numbers of classes": len({student.num_classes for student in students}) > 1,
         "students of different precision": len({student.precision for student in students}) > 1,
     }

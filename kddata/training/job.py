@@ -90,6 +90,7 @@ class OptimizerArgs:
         clip_norm: most norm of the gradient of a step; None for any.
         ema: decay of a moving average of the weights, which is then what is judged and kept; None for none.
         backbone_lr_scale: learning rate of all layers but the last, as a multiple of the last one's.
+        layer_lr_decay: learning rate of each layer, as a multiple of that of the layer after it.
     """
 
     lr: float
@@ -103,6 +104,7 @@ class OptimizerArgs:
     clip_norm: float | None = None
     ema: float | None = None
     backbone_lr_scale: float = 1.0
+    layer_lr_decay: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("cosine", "constant"))):
@@ -116,6 +118,8 @@ class OptimizerArgs:
             raise ConfigError("optimizer.ema is between 0 and 1", actual=self.ema)
         if not self.backbone_lr_scale >= 0:
             raise ConfigError("optimizer.backbone_lr_scale is at least 0", actual=self.backbone_lr_scale)
+        if not 0 < self.layer_lr_decay <= 1:
+            raise ConfigError("optimizer.layer_lr_decay is above 0 and at most 1", actual=self.layer_lr_decay)
         if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
             raise ConfigError(
                 "optimizer.epochs is at least 1, and warm-up lies within them",

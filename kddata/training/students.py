@@ -62,19 +62,24 @@ def average_of(student: nn.Module, decay: float) -> AveragedModel:
 
 
 def make_optimizer(args: OptimizerArgs, network: nn.Module, student: nn.Module) -> Optimizer:
-    """The optimizer of a student, and of what is learned beside it (`network` holds both).
+    """The optimizer of a student, and of what is learned beside it (`network` holds both), which learns at scale 1.
 
-    Where `args.backbone_lr_scale` is not 1, all layers of the student but its last one are a group of that `scale`.
+    Layers are the student's modules with weights of their own, in the order in which it was built. Counted from the
+    last one, 0, the n-th has the scale `layer_lr_decay^n`, times `backbone_lr_scale` but for the last. A `scale` other
+    than 1 anywhere makes a group for each.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [{"params": parameters}]
-    if args.backbone_lr_scale != 1:
-        *_, head = (module for module in student.modules() if next(module.parameters(recurse=False), None) is not None)
-        of_head = set(head.parameters())
-        backbone = [x for x in student.parameters() if x.requires_grad and x not in of_head]
-        slow = set(backbone)
-        rest = [x for x in parameters if x not in slow]
-        groups = [{"params": backbone, "scale": args.backbone_lr_scale}, {"params": rest, "scale": 1.0}]
+    if args.backbone_lr_scale != 1 or args.layer_lr_decay != 1:
+        layers = [list(module.parameters(recurse=False)) for module in student.modules()]
+        layers = [layer for layer in layers if layer]
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for depth, layer in enumerate(reversed(layers)):
+            scale = args.layer_lr_decay**depth * (args.backbone_lr_scale if depth else 1.0)
+            by_scale.setdefault(scale, []).extend(x for x in layer if x.requires_grad)
+        own = {x for layer in layers for x in layer}
+        by_scale.setdefault(1.0, []).extend(x for x in parameters if x not in own)
+        groups = [{"params": found, "scale": scale} for scale, found in sorted(by_scale.items()) if found]
     if args.name == "adamw":
         betas = (args.momentum, 0.999)
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=args.weight_decay)

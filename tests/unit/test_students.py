@@ -152,6 +152,24 @@ def test_the_backbone_has_a_learning_rate_of_its_own(job: TrainingJob) -> None:
     assert [(group["scale"], len(group["params"])) for group in optimizer.param_groups] == [(0.1, 4), (1.0, 2)]
 
 
+def test_layers_learn_the_slower_the_earlier_they_are(job: TrainingJob) -> None:
+    network = net(CLASSES)
+    parts = nn.ModuleList([network, nn.Linear(2, 2)])
+    args = changed(job, layer_lr_decay=0.5, backbone_lr_scale=0.1).optimizer
+    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
+    scale_of = {
+        parameter: group["scale"]
+        for group in make_optimizer(args, parts, network).param_groups
+        for parameter in group["params"]
+    }
+    for depth, layer in enumerate(reversed(layers)):
+        wanted = 0.5**depth * (0.1 if depth else 1.0)
+        assert all(scale_of[x] == wanted for x in layer.parameters(recurse=False))
+    assert {scale_of[x] for x in parts[1].parameters()} == {1.0}
+    assert scale_of.keys() == set(parts.parameters())
+    train(changed(job, layer_lr_decay=0.5))
+
+
 def test_autocast_changes_the_forward_pass_and_no_weight_type(job: TrainingJob) -> None:
     low = changed(job, {"precision": "bfloat16"})
     result = train(low)
@@ -161,7 +179,13 @@ def test_autocast_changes_the_forward_pass_and_no_weight_type(job: TrainingJob) 
 
 
 def test_values_that_make_no_sense_are_refused(job: TrainingJob) -> None:
-    for values in ({"clip_norm": 0.0}, {"ema": 1.0}, {"backbone_lr_scale": -1.0}):
+    for values in (
+        {"clip_norm": 0.0},
+        {"ema": 1.0},
+        {"backbone_lr_scale": -1.0},
+        {"layer_lr_decay": 0.0},
+        {"layer_lr_decay": 1.5},
+    ):
         with pytest.raises(ConfigError, match=next(iter(values))):
             changed(job, **values)
     with pytest.raises(ConfigError, match="precision"):
