@@ -61,6 +61,26 @@ def linear(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
 
 
+class Fatal(nn.Module):
+    """Ends its process in the middle of a step, the fifth that it learns in; a file beside this module says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.learned = 0
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.learned += 1
+            if self.learned == 5 and not (died := Path(__file__).parent / "died").exists():
+                died.touch()
+                os._exit(1)
+        return x
+
+
+def dies_once(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), Fatal(), nn.Linear(48, num_classes))
+
+
 class SlowLinear(nn.Module):
     def __init__(self, num_classes):
         super().__init__()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -333,10 +334,20 @@ def test_peers_take_their_steps_in_turn_against_what_the_others_say_by_then(stor
             torch.testing.assert_close(a, b)
 
 
-def _one_of_two(rank: int, job: TrainingJob, meeting: str) -> None:
+def _one_of_two(rank: int, job: TrainingJob, meeting: str, stop: int | None = None) -> None:
+    def report(progress: Progress) -> None:
+        if progress.step == stop:
+            raise KeyboardInterrupt
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    train(job, rank=rank, world_size=2, wrap=nn.parallel.DistributedDataParallel)
+    with nullcontext() if stop is None else pytest.raises(KeyboardInterrupt):
+        train(job, rank=rank, world_size=2, wrap=nn.parallel.DistributedDataParallel, report=report)
     torch.distributed.destroy_process_group()
+
+
+def both(job: TrainingJob, meeting: Path, stop: int | None = None) -> None:
+    """Two processes train, to the end or until they have told of the step `stop`."""
+    torch.multiprocessing.start_processes(_one_of_two, args=(job, str(meeting), stop), nprocs=2, start_method="fork")
 
 
 def test_two_processes_train_peers_as_one_does(store: LabelStore, tmp_path: Path) -> None:
@@ -349,15 +360,38 @@ def test_two_processes_train_peers_as_one_does(store: LabelStore, tmp_path: Path
         data=DataArgs(batch_size=17, size_px=16),
         optimizer=OptimizerArgs(lr=0.05, epochs=2),
     )
-    both = dataclasses.replace(job, run=str(tmp_path / "both"))
+    shared = dataclasses.replace(job, run=str(tmp_path / "both"))
     one = train(job)
-    args = (both, str(tmp_path / "meeting"))
-    torch.multiprocessing.start_processes(_one_of_two, args=args, nprocs=2, start_method="fork")
-    assert train(both).loss_S == pytest.approx(one.loss_S, rel=1e-5)
+    both(shared, tmp_path / "meeting")
+    assert train(shared).loss_S == pytest.approx(one.loss_S, rel=1e-5)
     for name in ("model", "peer-1"):
-        a, b = (load_file(f"{run.run}/{name}.safetensors") for run in (job, both))
+        a, b = (load_file(f"{run.run}/{name}.safetensors") for run in (job, shared))
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_train_branches_and_stopped_ones_end_in_the_same_bits(store: LabelStore, tmp_path: Path) -> None:
+    """Not as one process does: the BatchNorm of a gate, as any, sees the rows of its own rank."""
+    whole = TrainingJob(
+        store=store.url,
+        run=str(tmp_path / "whole"),
+        student=StudentArgs(arch=CNN, num_classes=5),
+        method=METHODS["one with a teacher"],
+        data=DataArgs(batch_size=16, size_px=16),
+        optimizer=OptimizerArgs(lr=0.05, epochs=2),
+        checkpoint_steps=1,
+    )
+    stopped = dataclasses.replace(whole, run=str(tmp_path / "stopped"))
+    both(whole, tmp_path / "0")
+    both(stopped, tmp_path / "1", stop=3)
+    assert not Path(stopped.run, "card.json").exists()
+    both(stopped, tmp_path / "2")
+    result = train(whole)
+    assert result.loss_S[-1] < result.loss_S[0]
+    assert train(stopped).loss_S == result.loss_S
+    assert load_file(f"{whole.run}/model.safetensors").keys() == build_network(CNN, num_classes=5).state_dict().keys()
+    a, b = (Path(job.run, "model.safetensors").read_bytes() for job in (whole, stopped))
+    assert a == b
 
 
 @pytest.mark.parametrize(
