@@ -75,45 +75,38 @@ def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
         np.testing.assert_allclose(load_file(run / "model.safetensors")[name], values, rtol=1e-3, atol=1e-5)
 
 
-def test_peers_of_two_ranks_learn_as_in_one_process(root: Path) -> None:
-    peer = StudentArgs(arch="python:networks_of_tests:linear", num_classes=10)
-    method = {"name": "dml", "teacher": True}
-    names = ("peers", "peers alone")
-    jobs = [dataclasses.replace(job(root, name, epochs=1), method=method, peers=(peer,)) for name in names]
-    both, alone = train(jobs[0], workers=2), training.train(jobs[1])
-    np.testing.assert_allclose(both.loss_S, alone.loss_S, rtol=1e-4)
-    assert "peer-1.safetensors" in files(str(root / "runs" / "peers"))
-
-
-def test_a_cohort_whose_worker_dies_in_the_middle_of_a_step_ends_in_the_same_bits(root: Path, networks: Path) -> None:
-    """The second of two peers ends the process, when the first has learned from that step already."""
+def test_peers_of_two_ranks_learn_as_in_one_process_though_a_rank_dies_in_the_middle_of_a_step(
+    root: Path, networks: Path
+) -> None:
+    """The second peer ends the process, when the first has learned from that step already."""
     peer = StudentArgs(arch="python:networks_of_tests:dies_once", num_classes=10)
     method = {"name": "dml", "teacher": True}
     jobs = [
-        dataclasses.replace(job(root, name, epochs=2), method=method, peers=(peer,), checkpoint_steps=2)
-        for name in ("died", "lived")
+        dataclasses.replace(job(root, name, epochs=1), method=method, peers=(peer,), checkpoint_steps=2)
+        for name in ("peers", "peers alone")
     ]
     (networks / "died").unlink(missing_ok=True)
-    died = train(jobs[0], max_failures=1)
+    both = train(jobs[0], workers=2, max_failures=1)
     assert (networks / "died").exists()
-    lived = training.train(jobs[1])
-    assert died.loss_S == lived.loss_S
+    np.testing.assert_allclose(both.loss_S, training.train(jobs[1]).loss_S, rtol=1e-4)
     for name in ("model.safetensors", "peer-1.safetensors"):
-        a, b = (Path(each.run, name).read_bytes() for each in jobs)
-        assert a == b
+        a, b = (load_file(Path(each.run, name)) for each in jobs)
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
-def test_branches_on_two_ranks_go_on_when_one_of_them_dies(root: Path, networks: Path) -> None:
+def test_branches_whose_worker_dies_end_in_the_same_bits(root: Path, networks: Path) -> None:
     method = {"name": "one", "node": "2", "branches": 2}
-    of_two = dataclasses.replace(
-        job(root, "branches", network="dies_once", epochs=2), method=method, checkpoint_steps=2
+    died, lived = (
+        dataclasses.replace(job(root, name, network="dies_once", epochs=1), method=method, checkpoint_steps=2)
+        for name in ("died", "lived")
     )
     (networks / "died").unlink(missing_ok=True)
-    result = train(of_two, workers=2, max_failures=1)
+    result = train(died, max_failures=1)
     assert (networks / "died").exists()
-    assert len(result.loss_S) == 12
-    assert sum(result.loss_S[-6:]) < sum(result.loss_S[:6])
-    assert set(load_file(root / "runs" / "branches" / "model.safetensors")) == {"3.weight", "3.bias"}
+    assert result.loss_S == training.train(lived).loss_S
+    a, b = (Path(each.run, "model.safetensors").read_bytes() for each in (died, lived))
+    assert a == b
 
 
 def test_a_finished_run_is_read_back_and_another_job_of_its_name_is_refused(root: Path) -> None:
