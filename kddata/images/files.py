@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-from kddata.errors import SourceError
+from kddata.errors import KddataError, SourceError
 
 # An allow-list: fsspec also knows schemes that run commands, unpack archives or chain to others.
 SCHEMES = ("file", "memory", "s3", "gs", "abfs", "http", "https")
@@ -238,7 +238,9 @@ def _reading(url: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise missing_file(url) from None
-    except Exception as error:
+    except KddataError:
+        raise  # it says already what is wrong, and what next
+    except Exception as error:  # of aiohttp, botocore and others: they share no base
         if is_local(url) and not isinstance(error, OSError):
             raise
         actual = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from kddata.errors import SourceError
@@ -58,6 +60,20 @@ def test_commands_chains_and_other_schemes_are_refused(location: str) -> None:
         open_source([location])
     assert "commands and chained URLs are refused" in str(caught.value)
     assert repr(location) in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [image_files.list_directory, image_files.file_size, image_files.open_file])
+def test_a_scheme_whose_package_is_missing_is_told_once(read: Callable[[str], object], monkeypatch) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Please install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(SourceError) as caught:
+        read("s3://bucket/x.tar")
+    assert str(caught.value) == (
+        "the fsspec package for a URL's scheme is installed; got Please install s3fs to access S3 "
+        "(in s3://bucket/x.tar). Next: pip install it."
+    )
 
 
 def test_local_locations_are_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
