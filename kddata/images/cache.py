@@ -47,15 +47,18 @@ class ImageCache:
         self._works = True
         with contextlib.suppress(FileExistsError):
             self._root.mkdir(parents=True)
-        if not (self._root / _MARK).exists():
-            if any(self._root.iterdir()):
+        mark = self._root / _MARK
+        if not mark.exists():
+            others = any(path.name != _MARK for path in self._root.iterdir())
+            # Looked for once more: between the two looks another process may have begun this cache and filled it.
+            if others and not mark.exists():
                 raise ConfigError(
                     "a cache has a folder of its own",
                     actual="other files",
                     where=self._root,
                     fix="name an empty or new folder under cache.folder",
                 )
-            (self._root / _MARK).touch()
+            mark.touch()
 
     def get(self, key: str) -> bytes | None:
         """The bytes of an entry, or None where it is not there or damaged."""

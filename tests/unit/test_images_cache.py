@@ -100,6 +100,24 @@ def test_a_folder_with_other_files_is_refused_and_only_own_entries_are_dropped(t
         ImageCache(str(tmp_path / "other"), 0)
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_folder_that_another_process_begins_at_the_same_time_is_shared(tmp_path, monkeypatch, held):
+    """The other one comes after the first look at the mark, and before the folder is listed."""
+    listing, folder = Path.iterdir, str(tmp_path / "cache")
+
+    def late(self):
+        monkeypatch.setattr(Path, "iterdir", listing)
+        other = ImageCache(folder, 10**9)
+        for i in range(held):
+            other.put(str(i), b"bytes")
+        return listing(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    cache = ImageCache(folder, 10**9)
+    assert Path.iterdir is listing, "the other one has come"
+    assert cache.get("0") == (b"bytes" if held else None)
+
+
 def test_a_disk_that_fails_costs_the_cache_and_nothing_else(tmp_path, caplog, monkeypatch):
     source = Counting(make_images(tmp_path / "images", num_images=6))
     cached = CachedSource(source, ImageCache(str(tmp_path / "cache"), 10**9))
