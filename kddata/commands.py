@@ -28,7 +28,7 @@ from kddata.config import (
     train_job,
 )
 from kddata.console import Bar, clock, table
-from kddata.errors import TrialsFailedError
+from kddata.errors import TrialsFailedError, within
 from kddata.evaluation import ECE_BINS
 
 if TYPE_CHECKING:
@@ -233,7 +233,10 @@ def sweep(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
     """
     file = load(SweepFile, path, overrides)
     trials = sweep_trials(file)
-    jobs = [train_job(trial.file) for trial in trials]
+    jobs = []
+    for trial in trials:
+        with within(f"trial {trial.name}"):
+            jobs.append(train_job(trial.file))
     from kddata.cluster import sweep as on_ray
     from kddata.report import TrialResult, ranked, reason, sweep_csv, sweep_page, table_rows
     from kddata.store.storage import open_storage

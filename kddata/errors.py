@@ -22,6 +22,9 @@ Every message says four things: the rule, the actual value, where it was found, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KddataError(Exception):
     """Base of all errors for users. `str(error)` is the whole message, in order: rule, actual, where, next.
@@ -50,6 +53,16 @@ class KddataError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (Ray, DataLoader workers) and keep their parts.
         return _rebuild, (type(self), self.rule, self.actual, self.where, self.fix)
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """A block whose errors for users name this place too, before the one that they name; their kinds stay."""
+    try:
+        yield
+    except KddataError as error:
+        where = place if error.where is None else f"{place}: {error.where}"
+        raise _rebuild(type(error), error.rule, error.actual, where, error.fix) from error
 
 
 def _rebuild(kind: type[KddataError], rule: str, actual: object, where: object, fix: str | None) -> KddataError:

@@ -20,6 +20,8 @@ from kddata import rng
 from kddata.errors import ConfigError, TeacherError
 
 ECE_BINS = 15
+METRICS = {"top1": 1, "top5": 1, "nll": -1, "brier": -1, "ece": -1}
+"""By which evaluations are compared, and whether a higher (1) or a lower value (-1) is better."""
 
 
 @dataclass(frozen=True, kw_only=True)

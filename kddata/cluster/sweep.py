@@ -22,7 +22,7 @@ from ray import tune
 from kddata import training
 from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected
-from kddata.errors import KddataError
+from kddata.errors import KddataError, within
 from kddata.trackers import Trackers, require
 
 _TUNE = ".tune"
@@ -86,12 +86,13 @@ def sweep(
         max_failures: how often a trial whose process died is tried again. An error that it raised is told, and not
             tried again: it would come again.
 
-    Raises before any trial begins what `training.check` raises, for the first trial that cannot work; ResourceError
-    where no node has room for one of them.
+    Raises before any trial begins what `training.check` raises, with the name of the first trial that cannot work;
+    ResourceError where no node has room for one of them.
     """
     for trial in trials:
-        training.check(trial.job)
-        require(trial.trackers)
+        with within(f"trial {trial.name}"):
+            training.check(trial.job)
+            require(trial.trackers)
     standing = Standing(total_epochs=sum(trial.job.optimizer.epochs for trial in trials), trials=len(trials))
     done = {trial.name: result.card for trial in trials if (result := training.finished(trial.job)) is not None}
     standing.epochs_of = {trial.name: trial.job.optimizer.epochs for trial in trials if trial.name in done}
@@ -190,7 +191,7 @@ def _train(trial: Trial) -> None:
             )
     except KddataError as error:
         tune.report({"error": str(error)})
-    except Exception:
+    except Exception:  # a student's own code may raise anything: told as this trial's end, and no other one stops
         tune.report({"error": traceback.format_exc()})
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from kddata.evaluation import METRICS
 from kddata.report import plots
 from kddata.report.page import STYLE
 from kddata.report.plots import Mark
 
 _SEED = "data.seed"
-_HIGHER_IS_BETTER = ("top1", "top5", "agreement")
 _SCORES = ("top1", "top5", "nll", "ece", "loss")
 _REASON_CHARS = 160
 _BLUE = "#2563eb"
@@ -37,8 +37,11 @@ class TrialResult:
 
 
 def ranked(trials: Sequence[TrialResult], metric: str) -> list[TrialResult]:
-    """The best first, then those without this metric, then the failed ones."""
-    sign = -1 if metric in _HIGHER_IS_BETTER else 1
+    """The best first, then those without this metric, then the failed ones.
+
+    What `evaluation.METRICS` does not know is a loss: less is better.
+    """
+    sign = -METRICS.get(metric, -1)
 
     def place(trial: TrialResult) -> tuple[bool, bool, float]:
         missing = metric not in trial.metrics

@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 from kddata.corruption import ClassImbalance, LabelNoise
 from kddata.errors import ConfigError
+from kddata.evaluation import METRICS
 from kddata.store import Subset
 from kddata.teacher import TeacherArgs
-
-METRICS = {"top1": 1, "top5": 1, "nll": -1, "brier": -1, "ece": -1}
-"""By which evaluations are compared, and whether a higher (1) or a lower value (-1) is better."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kddata.training.job import METRICS, EvaluationArgs
+from kddata.evaluation import METRICS
+from kddata.training.job import EvaluationArgs
 
 
 def best_epoch(epochs: Sequence[Mapping[str, Any]], metric: str) -> int | None:

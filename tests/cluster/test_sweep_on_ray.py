@@ -16,7 +16,7 @@ import yaml
 
 from kddata import commands, training
 from kddata.cluster.sweep import Trial, sweep
-from kddata.errors import ConfigError, ResourceError, TrialsFailedError
+from kddata.errors import ConfigError, ResourceError, StoreMismatchError, TrialsFailedError
 from kddata.labelling import LabellingJob, label_store
 from kddata.testing import fake_teacher_args, make_images
 from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob
@@ -118,7 +118,7 @@ def job(work: Path, name: str, *, classes: int = 10) -> TrainingJob:
 
 def test_what_cannot_work_is_refused_before_any_trial_begins(work: Path) -> None:
     folder = str(work / "runs/second")
-    with pytest.raises(Exception, match="10 classes of the store's teacher"):
+    with pytest.raises(StoreMismatchError, match=r"10 classes of the store's teacher; .*\(in trial y: "):
         sweep([Trial(name="x", job=job(work, "x")), Trial(name="y", job=job(work, "y", classes=7))], folder=folder)
     with pytest.raises(ResourceError, match=r"room for all trials .*cluster, of trial x"):
         sweep([Trial(name="x", job=job(work, "x"), threads=1000)], folder=folder)

@@ -37,6 +37,15 @@ def test_the_tree_in_the_docstring_is_the_real_one(kind):
         assert re.search(rf" {kind.exit_code} ", drawn[0].split(kind.__name__)[1]), "its exit code is drawn"
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(("where", "wanted"), [(None, "trial a"), ("labels.k", "trial a: labels.k")])
+def test_an_error_within_a_place_names_it_and_stays_what_it_is(kind, where, wanted):
+    with pytest.raises(kind) as caught, errors.within("trial a"):
+        raise kind("rule", actual=1, where=where, fix="mend it")
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"rule; got 1 (in {wanted}). Next: mend it."
+
+
 def test_errors_about_arguments_are_value_errors():
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.LabelError, ValueError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kddata import commands
 from kddata.config import SweepFile, load, sweep_trials, train_job
 from kddata.errors import ConfigError
 from kddata.report import TrialResult, ranked, reason, sweep_csv, sweep_page, table_rows
@@ -100,6 +102,13 @@ def test_a_job_that_is_not_there_is_named(sweep):
         sweep_trials(sweep({"data.seed": [1]}, job="nowhere.yaml"))
 
 
+def test_a_trial_whose_job_cannot_be_is_named_before_ray_is_asked(sweep, tmp_path):
+    file = sweep({"method": [KD, {"name": "kd", "temprature": 2}]})
+    wrong = sweep_trials(file)[1].name
+    with pytest.raises(ConfigError, match=rf"\(in trial {re.escape(wrong)}\)"):
+        commands.sweep(str(tmp_path / "sweep.yaml"))
+
+
 RESULTS = [
     TrialResult(name="a0", values={"method": HARD, "data.seed": 0, "optimizer.lr": 1}, metrics={"top1": 0.5, "nll": 2}),
     TrialResult(name="b0", values={"method": KD, "data.seed": 0, "optimizer.lr": 1}, metrics={"top1": 0.7, "nll": 3}),
@@ -115,6 +124,12 @@ RESULTS = [
 def test_the_best_comes_first_and_the_failed_last():
     assert [trial.name for trial in ranked(RESULTS, "top1")] == ["b0", "b1", "a0", "a1"]
     assert [trial.name for trial in ranked(RESULTS, "nll")] == ["b1", "a0", "b0", "a1"]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("top5", 2), ("brier", 0), ("ece", 0), ("loss", 0)])
+def test_of_a_loss_less_is_better(metric, best):
+    trials = [TrialResult(name=str(value), values={}, metrics={metric: value}) for value in (1, 0, 2)]
+    assert ranked(trials, metric)[0].name == str(best)
 
 
 def test_the_table_holds_what_varies_and_which_trial_failed():
