@@ -85,11 +85,6 @@ class PlannedUnits(Sequence[Unit]):
                 yield self._unit(place + within, shard, within)
             place = end
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Unit.__eq__, self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def _unit(self, place: int, shard: int, within: int) -> Unit:
         piece, view_range = divmod(within, self._ranges[shard])
         (first, stop), step, start = self._views[shard], self._steps[shard], piece * self._unit_images

@@ -132,7 +132,7 @@ def test_a_store_gives_back_what_was_written(url):
     manifest = store.commit()
     opened = pickle.loads(pickle.dumps(LabelStore.open(url)))
     assert opened.manifest == manifest
-    assert opened.units() == store.units()
+    assert list(opened.units()) == list(store.units())
     assert opened.rows_per_unit.tolist() == [len(rows) for rows in wanted.values()]
     assert opened.num_rows == 27
     assert (opened.location, opened.kind, opened.views_per_image) == ("made up", "tar", 3)

@@ -420,7 +420,7 @@ def test_answers_that_are_nan_name_images(images, tmp_path, monkeypatch):
     )
     assert "(view 0)" in message
     assert "unit 0, python:user_code:nan" in message
-    assert missing_units(prepare(job)) == prepare(job).units()
+    assert missing_units(prepare(job)) == list(prepare(job).units())
     assert not list((tmp_path / "store" / "labels").glob("*.arrow"))
 
 

@@ -46,8 +46,7 @@ def test_a_plan_is_the_list_of_its_units(shards, unit_images, unit_views):
     wanted = plainly(num_images, views, unit_images, unit_views)
     plan = PlannedUnits(num_images, views=views, unit_images=unit_images, unit_views=unit_views, first_number=7)
     assert list(plan) == wanted
-    assert plan == wanted
-    assert plan != [*wanted, *wanted[:1]] or not wanted
+    assert len(plan) == len(wanted)
     assert [plan[i] for i in range(-len(wanted), len(wanted))] == wanted + wanted
     assert plan[1:-1] == wanted[1:-1]
     assert list(reversed(plan)) == wanted[::-1]
