@@ -260,9 +260,9 @@ def pairs(rows: int, classes: int, width: int, side: int) -> dict[str, tuple[Los
         ),
         "dml, two peers": (
             lambda v: losses.dml_loss(v, torch.stack([teacher, -teacher], 1)),
-            lambda v: sum(  # type: ignore[return-value]
-                F.kl_div(v.log_softmax(1), p.softmax(1), reduction="batchmean") / 2 for p in (teacher, -teacher)
-            ),
+            lambda v: torch.stack(
+                [F.kl_div(v.log_softmax(1), p.softmax(1), reduction="batchmean") for p in (teacher, -teacher)]
+            ).mean(),
             x,
         ),
         "one": (lambda v: losses.one_loss(v, gate, y), lambda v: plain_one(v, gate, y), branches),

@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from results import environment, write_results
@@ -25,14 +26,16 @@ from torch import Tensor
 
 import kddata
 from kddata import LabelStore, SoftLabels
+from kddata.cards import Keep, StoreSpec
 from kddata.images import open_source
 from kddata.losses import kd_loss
+from kddata.losses.rows import Tail
 from kddata.replay import loader
-from kddata.store import LabelRows
+from kddata.store import LabelRows, Unit
 from kddata.teacher import TeacherArgs, load_teacher
 from kddata.testing import write_tar
 
-KINDS: dict[str, tuple[str, int, str]] = {  # kept, k, tail
+KINDS: dict[str, tuple[Keep, int, Tail]] = {  # kept, k, tail
     "top10 bucket": ("top", 10, "bucket"),
     "top10 uniform": ("top", 10, "uniform"),
     "top10 renorm": ("top", 10, "renorm"),
@@ -43,10 +46,10 @@ KINDS: dict[str, tuple[str, int, str]] = {  # kept, k, tail
 VIEWS = (1, 10, 100)
 
 
-def gradient(logits_BC: Tensor, labels: SoftLabels, tail: str) -> Tensor:
+def gradient(logits_BC: Tensor, labels: SoftLabels, tail: Tail) -> Tensor:
     """Of the loss of each view, with respect to the student's logits."""
     logits = logits_BC.detach().requires_grad_()
-    kd_loss(logits, labels, temperature=1, tail=tail, reduction="sum").backward()  # type: ignore[arg-type]
+    kd_loss(logits, labels, temperature=1, tail=tail, reduction="sum").backward()
     assert logits.grad is not None
     return logits.grad
 
@@ -58,6 +61,13 @@ def relative_errors(error_NVC: Tensor, whole_NVC: Tensor) -> dict[str, float]:
         error, whole = (x[:, :views].sum(1).norm(dim=1).square().mean().sqrt() for x in (error_NVC, whole_NVC))
         found[str(views)] = float(error / whole)
     return found
+
+
+def relabelled(store: LabelStore, spec: StoreSpec, unit: Unit) -> Iterator[LabelRows]:
+    """The rows of a unit of a store that keeps all classes, with what a store of another spec keeps of them."""
+    rows = store.read(unit.number)
+    labels = spec.labels_of(rows.labels.dense("renorm").log(), rows.image_id, rows.view.tolist())
+    yield dataclasses.replace(rows, labels=labels)
 
 
 def label_bytes(store: LabelStore) -> float:
@@ -101,28 +111,14 @@ def main() -> None:
         keys = [keys[i] for i in order]
         asked = torch.stack([logits[key] for key in keys]).double()
 
-        def labels_of(kept: str, k: int) -> Callable[[list[tuple[str, int]], Tensor], SoftLabels]:
-            spec = dataclasses.replace(every.spec, k=k, keep=kept, codec="compact")  # type: ignore[arg-type]
-            return lambda keys, rows: spec.labels_of(rows, *zip(*keys, strict=True))  # type: ignore[arg-type]
-
         by_image = (-1, max(VIEWS), 1000)
         whole = asked.softmax(1) - said.exp()
         results: dict[str, object] = {"photos": len(keys) // max(VIEWS), "views": len(keys)}
         for name, (kept, k, tail) in KINDS.items():
-            made = labels_of(kept, k)
-            error = gradient(asked.float(), made(keys, said.float()), tail).double() - whole
-            spec = dataclasses.replace(every.spec, k=k, keep=kept, codec="compact")  # type: ignore[arg-type]
-
-            def relabelled(rows: LabelRows, made=made) -> LabelRows:  # type: ignore[no-untyped-def]
-                pairs = list(zip(rows.image_id, rows.view.tolist(), strict=True))
-                return dataclasses.replace(rows, labels=made(pairs, rows.labels.dense("renorm").log()))
-
-            store = copy_store(
-                every,
-                f"{folder}/{name}",
-                spec,
-                lambda unit, relabelled=relabelled: iter([relabelled(every.read(unit.number))]),  # type: ignore[misc]
-            )
+            spec = dataclasses.replace(every.spec, k=k, keep=kept, codec="compact")
+            made = spec.labels_of(said.float(), [image_id for image_id, _ in keys], [view for _, view in keys])
+            error = gradient(asked.float(), made, tail).double() - whole
+            store = copy_store(every, f"{folder}/{name}", spec, partial(relabelled, every, spec))
             results[name] = {
                 "gradient_error_by_views": relative_errors(error.view(by_image), whole.view(by_image)),
                 "label_bytes_per_view": label_bytes(store),
