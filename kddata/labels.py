@@ -247,8 +247,9 @@ class SoftLabels:
                 fix="label with labels.k = all classes, or weigh the losses instead (combine: losses)",
             )
         dense = [torch.empty_like(x.log_p_BK).scatter_(1, x.ids_BK.long(), x.log_p_BK) for x in parts]
-        shares = [w / sum(weights) for w in weights]  # 0 too where a weight is lost beside the others
-        log_w = torch.tensor([math.log(w) if w else -math.inf for w in shares], device=dense[0].device)
+        most = max(weights)
+        log_total = math.log(most) + math.log(sum(w / most for w in weights))  # the sum itself may be past all floats
+        log_w = torch.tensor([math.log(w) - log_total if w else -math.inf for w in weights], device=dense[0].device)
         log_p = torch.logsumexp(torch.stack(dense) + log_w[:, None, None].to(dense[0].dtype), dim=0)
         return SoftLabels.from_logits(log_p, k=parts[0].k, temperatures=parts[0].temperatures)
 

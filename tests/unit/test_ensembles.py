@@ -171,6 +171,24 @@ def test_mixtures_are_weighted_means(num_classes: int, weights: list[float], see
     torch.testing.assert_close(mixed.dense("renorm"), wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([1e308, 1e308], [0.5, 0.5]),
+        ([1.5e308, 0.5e308], [0.75, 0.25]),
+        ([2.0, 5e-324], [1.0, 0.0]),
+        ([5e-324, 5e-324], [0.5, 0.5]),
+        ([1e308, 0.0], [1.0, 0.0]),
+    ],
+)
+def test_weights_at_the_ends_of_floats_are_weights(weights: list[float], shares: list[float]) -> None:
+    parts = [SoftLabels.from_logits(torch.tensor([row]), k=3) for row in ([0.0, 1.0, 2.0], [3.0, -1.0, 0.0])]
+    mixed = SoftLabels.mixture(parts, weights)
+    mixed.validate()
+    wanted = torch.stack([share * part.dense("renorm") for share, part in zip(shares, parts, strict=True)]).sum(0)
+    torch.testing.assert_close(mixed.dense("renorm"), wanted)
+
+
 def test_what_cannot_be_an_ensemble_is_refused_before_the_first_step(jobs, images: str, tmp_path: Path) -> None:
     one = jobs[0]
     differing = {
