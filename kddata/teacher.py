@@ -31,7 +31,9 @@ _NAMED_MISFITS = 5
 
 
 class Answers(Protocol):
-    """What labelling asks of a teacher. Equal pixels get equal logits, whatever else is in the call."""
+    """What labelling asks of a teacher. Equal calls get equal logits; those of equal pixels do not depend on the views
+    beside them, but for last bits, which the batch size and the place in a batch may move.
+    """
 
     @property
     def card(self) -> TeacherCard:
