@@ -480,7 +480,9 @@ def audit(
     images: Images = None,
     min_top1: Annotated[float, typer.Option(help="least share of views with the stored top-1 (or of draws)")] = 0.99,
     max_kl: Annotated[float, typer.Option(help="most mean KL(stored || asked again), nats")] = 0.01,
-    max_output_error: Annotated[float, typer.Option(help="most mean relative difference of a stored output")] = 0.01,
+    max_output_error: Annotated[
+        float, typer.Option(help="most mean relative error of an output; 10 x of a view")
+    ] = 0.01,
     min_accuracy: Annotated[float, typer.Option(help="least accuracy of the teacher, where there is ground truth")] = 0,
     max_bad: Annotated[float, typer.Option(help="most bad images, as a share of all")] = 1,
     as_json: AsJson = False,
@@ -539,13 +541,17 @@ def audit_lines(found: Audit) -> list[tuple[str, str]]:
         least, median, most = found.images_per_class
         classes = f"{least} to {most} images each, median {median:g}; {found.classes_without_images} have none"
     accuracy = found.teacher_accuracy
-    outputs = [(name, f"{error:.3%} of its norm from the stored, mean") for name, error in found.output_errors.items()]
+    outputs = [
+        (name, f"{error:.3%} of its norm from the stored, mean; largest {found.max_output_errors[name]:.3%}")
+        for name, error in found.output_errors.items()
+    ]
+    by, of_draws = (", by the class most drawn", ", estimated from the draws") if found.sampled else ("", "")
     return [
         ("asked again", again),
         *outputs,
-        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of all views"),
-        ("entropy", f"{found.mean_entropy_nats:.3f} nats, mean over views"),
-        ("tail mass", f"{found.mean_tail_mass:.4f}, mean over views"),
+        ("accuracy", "no ground truth" if accuracy is None else f"{accuracy:.2%} of all views{by}"),
+        ("entropy", f"{found.mean_entropy_nats:.3f} nats, mean over views{of_draws}"),
+        ("tail mass", f"{found.mean_tail_mass:.4f}, mean over views{of_draws}"),
         ("classes", classes),
         ("bad images", f"{found.bad_images} of {found.num_images}"),
         ("verdict", "; ".join(found.faults) or "nothing past its threshold"),

@@ -30,6 +30,7 @@ from kddata.teacher import Teacher
 MIN_TOP1 = 0.99
 MAX_KL = 0.01
 MAX_OUTPUT_ERROR = 0.01
+VIEW_ERROR_FACTOR = 10  # one view may be off by so many times the most mean error: above rounding, below another image
 _MOST_UNITS = 32
 _LEAST_LABELLED = 50  # sampled views with ground truth, to say that other statistics would be right more often
 _LEAST_GAIN = 0.05
@@ -52,6 +53,8 @@ class Audit:
             one more; mean and largest over the views. None for sampled labels, which do not tell it.
         output_errors: of each stored output that was made again, the mean over views of |stored - again| / |again|, by
             Euclidean norms; float16 makes up to 0.0005 of it. Boundary samples are not made again.
+        max_output_errors: the largest of a view instead of the mean; a mean hides one wrong row among many.
+        sampled: whether the labels are draws. What is said of all stored views is then an estimate from these draws.
         teacher_accuracy: share of all stored views with ground truth that the teacher is right about; None without. Of
             sampled labels, its most drawn class counts.
         mean_entropy_nats, mean_tail_mass: over all stored views, at temperature 1; of sampled labels, of the draws,
@@ -67,6 +70,8 @@ class Audit:
     mean_kl: float | None
     max_kl: float | None
     output_errors: dict[str, float]
+    max_output_errors: dict[str, float]
+    sampled: bool
     teacher_accuracy: float | None
     mean_entropy_nats: float
     mean_tail_mass: float
@@ -97,8 +102,9 @@ def audit(
             is not the store's is a fault.
         views: how many views are sampled, at most; `seed` says which.
         images: where the images lie now, if they moved.
-        min_top1, max_kl, max_output_error: thresholds for `top1_match`, `mean_kl` and each of `output_errors`. Draws of
-            an audit on another kind of machine, or in bfloat16, may differ in a few more: lower min_top1 then.
+        min_top1, max_kl, max_output_error: thresholds for `top1_match`, `mean_kl` and each of `output_errors`; each
+            of `max_output_errors` is at most VIEW_ERROR_FACTOR times max_output_error. Draws of an audit on another
+            kind of machine, or in bfloat16, may differ in a few more: lower min_top1 then.
         min_accuracy, max_bad: thresholds for `teacher_accuracy` and the share of bad images.
 
     With ground truth, the sampled views are also answered under other common channel statistics: a teacher that would
@@ -111,7 +117,7 @@ def audit(
         raise ConfigError("an audit samples at least one view", actual=views)
     info, num_images = store.info(), sum(shard.num_images for shard in store.images)
     faults: list[str] = []
-    output_errors: dict[str, float] = {}
+    errors: dict[str, Tensor] = {}
     top1 = mean_kl = worst = None
     asked = 0
     if teacher is not None:
@@ -127,14 +133,11 @@ def audit(
         asked = len(rows)
         if asked:
             logits_BC, outputs = teacher.answer(pixels)
-            output_errors = _output_errors(rows, outputs)
+            errors = _output_errors(rows, outputs)
             for output in store.spec.outputs:
                 if output.name not in (*outputs, *boundary.NAMES):
                     faults.append(f"output {output.name} is stored, and the teacher was not asked for it")
-            for name, error in output_errors.items():
-                if not error <= max_output_error:
-                    more = f"more than {max_output_error:.2%}"
-                    faults.append(f"{name} differs by {error:.2%} of its norm in the mean, {more}")
+            faults += _output_faults(errors, rows, max_output_error)
             if rows.labels.sampled:
                 again = store.spec.labels_of(logits_BC, rows.image_id, rows.view.tolist())
                 top1 = float(drawn_again(rows.labels, again).mean())
@@ -159,7 +162,9 @@ def audit(
         top1_match=top1,
         mean_kl=mean_kl,
         max_kl=worst,
-        output_errors=output_errors,
+        output_errors={name: float(error_B.mean()) for name, error_B in errors.items()},
+        max_output_errors={name: float(error_B.max()) for name, error_B in errors.items()},
+        sampled=store.spec.keep == "sampled",
         teacher_accuracy=accuracy,
         mean_entropy_nats=info["mean_entropy_nats"],
         mean_tail_mass=info["mean_tail_mass"],
@@ -171,14 +176,28 @@ def audit(
     )
 
 
-def _output_errors(rows: LabelRows, outputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far stored outputs are from these, by name."""
+def _output_errors(rows: LabelRows, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far the stored outputs of each view are from these, float64 [B] by name."""
     found = {}
     for name, again in outputs.items():
         if name in rows.outputs:
             stored, again = (x.double().flatten(1) for x in (torch.from_numpy(rows.outputs[name]), again))
-            error_B = (stored - again).norm(dim=1) / again.norm(dim=1).clamp(min=torch.finfo(torch.float16).tiny)
-            found[name] = float(error_B.mean())
+            norm_B = again.norm(dim=1).clamp(min=torch.finfo(torch.float16).tiny)
+            found[name] = (stored - again).norm(dim=1) / norm_B
+    return found
+
+
+def _output_faults(errors: Mapping[str, Tensor], rows: LabelRows, most: float) -> list[str]:
+    """One fault for each output that differs by more than `most` in the mean, or far more in one view."""
+    found = []
+    for name, error_B in errors.items():
+        mean, worst = float(error_B.mean()), int(error_B.argmax())  # argmax finds NaN first
+        if not mean <= most:
+            found.append(f"{name} differs by {mean:.2%} of its norm in the mean, more than {most:.2%}")
+        elif float(error_B[worst]) > VIEW_ERROR_FACTOR * most:
+            where = f"view {int(rows.view[worst])} of {rows.image_id[worst]}"
+            more = f"more than {VIEW_ERROR_FACTOR * most:.2%}"
+            found.append(f"{name} differs by {float(error_B[worst]):.2%} of its norm in {where}, {more}")
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ import pytest
 import torch
 from pyarrow import parquet
 from torch import nn
+from typer.testing import CliRunner
 
 import kddata
 from kddata.cards import Output
 from kddata.care import audit, convert, export_parquet, merge, repair
-from kddata.cli import audit_lines, summary
+from kddata.cli import app, audit_lines, summary
 from kddata.errors import ConfigError, StoreMismatchError, TeacherError
 from kddata.labelling import LabellingJob, label_store, load_job_teacher, prepare
 from kddata.store import LabelStore
@@ -52,6 +55,14 @@ def loud(num_classes: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_images(tmp_path_factory.mktemp("images") / "shards", num_images=12)
+
+
+JOB = f"""
+images: nowhere
+store: nowhere
+teacher: {{arch: "python:{__name__}:tiny", num_classes: 10, size_px: 24}}
+labels: {{k: 3, outputs: {list(OUTPUTS)}}}
+"""
 
 
 def job(images: str, store: Path, builder: str = "tiny", **more: object) -> LabellingJob:
@@ -175,7 +186,11 @@ def test_an_audit_makes_outputs_again_and_notices_those_of_other_views(images: s
     assert found.faults == ()
     assert found.output_errors.keys() == set(OUTPUTS)
     assert all(0 < error < 2**-11 for error in found.output_errors.values()), "the rounding of float16"
-    assert "of its norm" in dict(audit_lines(found))["embedding"]
+    assert found.max_output_errors.keys() == set(OUTPUTS)
+    assert all(found.output_errors[name] <= found.max_output_errors[name] < 2**-10 for name in OUTPUTS)
+    assert re.fullmatch(
+        r"0\.0\d\d% of its norm from the stored, mean; largest 0\.0\d\d%", dict(audit_lines(found))["embedding"]
+    )
     wrong = prepare(dataclasses.replace(made, store=str(tmp_path / "wrong")))
     for unit in wrong.units():
         rows = store.read(unit.number)
@@ -188,3 +203,40 @@ def test_an_audit_makes_outputs_again_and_notices_those_of_other_views(images: s
     assert audit(wrong, teacher, views=30, max_output_error=100.0).faults == ()
     without = load_job_teacher(dataclasses.replace(made, outputs=OUTPUTS[1:]))
     assert audit(store, without).faults == ("output embedding is stored, and the teacher was not asked for it",)
+
+
+def test_an_audit_notices_one_wrong_row_of_many(tmp_path: Path) -> None:
+    """Its embedding is off by half: 0.4% in the mean over 120 views, which alone would pass."""
+    made = job(make_images(tmp_path / "images", num_images=40), tmp_path / "right")
+    store, teacher = label_store(made).store, load_job_teacher(made)
+    wrong = prepare(dataclasses.replace(made, store=str(tmp_path / "wrong")))
+    for unit in wrong.units():
+        rows = store.read(unit.number)
+        embedding = rows.outputs["embedding"].copy()
+        if unit.number == 0:
+            embedding[2] *= 1.5
+            where = f"view {rows.view[2]} of {rows.image_id[2]}"
+        wrong.write_unit(unit, [dataclasses.replace(rows, outputs={**rows.outputs, "embedding": embedding})])
+    wrong.commit()
+    found = audit(wrong, teacher)
+    assert found.views == 120
+    assert found.output_errors["embedding"] < 0.01
+    assert found.max_output_errors["embedding"] == pytest.approx(0.5, abs=0.001)
+    assert found.faults == (
+        f"embedding differs by {found.max_output_errors['embedding']:.2%} of its norm in {where}, more than 10.00%",
+    )
+    assert audit(wrong, teacher, max_output_error=0.051).faults == ()
+    assert audit(store, teacher).faults == ()
+
+    file = tmp_path / "job.yaml"
+    file.write_text(JOB)
+    for url, code, more in ((store.url, 0, ()), (wrong.url, 5, ()), (wrong.url, 0, ("--max-output-error", "0.051"))):
+        called = CliRunner().invoke(app, ["audit", url, "--job", str(file), *more], catch_exceptions=False)
+        assert called.exit_code == code
+        assert ("of its norm in view" in called.stderr) is (code == 5)
+    assert re.search(
+        r"^embedding +0\.4\d\d% of its norm from the stored, mean; largest 50\.0\d\d%$", called.stdout, re.M
+    )
+    said = json.loads(CliRunner().invoke(app, ["audit", wrong.url, "--job", str(file), "--json"]).stdout)
+    assert said["max_output_errors"]["embedding"] == found.max_output_errors["embedding"]
+    assert said["sampled"] is False

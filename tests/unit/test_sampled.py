@@ -294,7 +294,15 @@ def test_people_are_told_what_the_numbers_are_of(store: LabelStore) -> None:
     assert lines["labels"] == "k = 3 draws of 5, temperatures [1.0]"
     assert lines["accuracy"].endswith("by the class most drawn")
     assert lines["entropy"].endswith("of the draws")
-    assert "of the draws are drawn again" in dict(audit_lines(audit(store, fake_teacher(num_classes=5))))["asked again"]
+    found = audit(store, fake_teacher(num_classes=5))
+    lines = dict(audit_lines(found))
+    assert "of the draws are drawn again" in lines["asked again"]
+    assert lines["accuracy"].endswith(", by the class most drawn")
+    assert lines["entropy"].endswith(", estimated from the draws")
+    assert lines["tail mass"].endswith(", estimated from the draws")
+    assert found.sampled
+    whole = dict(audit_lines(dataclasses.replace(found, sampled=False)))
+    assert "draw" not in whole["accuracy"] + whole["entropy"] + whole["tail mass"]
 
 
 @pytest.mark.parametrize(
