@@ -198,6 +198,7 @@ FORMS: list[dict[str, object]] = [
     {"subsampling": "4:2:0", "restart_marker_blocks": 3},
     {"subsampling": "4:4:4", "restart_marker_rows": 1},
     {"progressive": True},
+    {"keep_rgb": True},
 ]
 
 
