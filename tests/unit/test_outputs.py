@@ -235,7 +235,7 @@ def test_an_audit_notices_one_wrong_row_of_many(tmp_path: Path) -> None:
         assert called.exit_code == code
         assert ("of its norm in view" in called.stderr) is (code == 5)
     assert re.search(
-        r"^embedding +0\.4\d\d% of its norm from the stored, mean; largest 50\.0\d\d%$", called.stdout, re.M
+        r"^embedding +0\.4\d\d% of its norm from the stored, mean; largest (49\.9|50\.0)\d\d%$", called.stdout, re.M
     )
     said = json.loads(CliRunner().invoke(app, ["audit", wrong.url, "--job", str(file), "--json"]).stdout)
     assert said["max_output_errors"]["embedding"] == found.max_output_errors["embedding"]
