@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
+from unittest import mock
 from urllib.parse import urlsplit
 
 Spoiled = Literal["500", "slow", "cut", "lost", "unconditional"]
@@ -95,3 +97,26 @@ def proxy(target: str, plan: Callable[[int], Spoiled | None], *, slow_s: float =
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def behind(plan: Callable[[int], Spoiled | None], *, slow_s: float = 2.0) -> Iterator[list[Spoiled]]:
+    """A block in which the S3 of AWS_ENDPOINT_URL is reached through such a proxy; what it has spoiled so far."""
+    import s3fs
+
+    spoiled: list[Spoiled] = []
+
+    def noted(number: int) -> Spoiled | None:
+        found = plan(number)
+        spoiled.extend([found] if found else [])
+        return found
+
+    with (
+        proxy(os.environ["AWS_ENDPOINT_URL"], noted, slow_s=slow_s) as url,
+        mock.patch.dict(os.environ, AWS_ENDPOINT_URL=url),
+    ):
+        s3fs.S3FileSystem.clear_instance_cache()  # they remember the endpoint
+        try:
+            yield spoiled
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()

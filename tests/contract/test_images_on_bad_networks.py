@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,29 +16,20 @@ from kddata.images import files
 from kddata.replay import loader
 from kddata.store import LabelStore
 from kddata.testing import make_store
-from kddata.testing.http_faults import Spoiled, proxy
+from kddata.testing.http_faults import Spoiled, behind
 
 
 @contextmanager
-def behind(plan: Callable[[int], Spoiled | None]) -> Iterator[list[Spoiled]]:
-    """A block in which S3 is reached through a proxy; what the proxy spoiled."""
+def hurried(plan: Callable[[int], Spoiled | None]) -> Iterator[list[Spoiled]]:
+    """As `behind`, with pauses and limits of tries that a test can wait for."""
     import s3fs
 
-    spoiled: list[Spoiled] = []
-
-    def noted(number: int) -> Spoiled | None:
-        found = plan(number)
-        spoiled.extend([found] if found else [])
-        return found
-
-    with proxy(os.environ["AWS_ENDPOINT_URL"], noted, slow_s=1) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", url)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PAUSE_S", 0.01)
         patch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own pauses are long, and those of botocore
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield spoiled
-    s3fs.S3FileSystem.clear_instance_cache()
+        with behind(plan, slow_s=1) as spoiled:
+            yield spoiled
 
 
 @pytest.fixture
@@ -63,7 +53,7 @@ def test_spoiled_answers_are_asked_for_again(work: tuple[LabelStore, str]) -> No
     def plan(number: int) -> Spoiled | None:
         return kinds[number // 4 % len(kinds)] if number % 4 == 3 else None
 
-    with behind(plan) as spoiled:
+    with hurried(plan) as spoiled:
         found = pixels(store, place)
     assert torch.equal(found, pixels(store, None))
     assert set(spoiled) == set(kinds)
@@ -74,6 +64,6 @@ def test_a_server_that_never_answers_well_ends_in_one_clear_error(work: tuple[La
     store, place = work
     names = {shard.name for shard in store.images}
     url = f"{place}/{min(names)}"
-    with behind(lambda _: kind) as spoiled, pytest.raises(SourceError, match=r"images can be read; got .*network"):
+    with hurried(lambda _: kind) as spoiled, pytest.raises(SourceError, match=r"images can be read; got .*network"):
         files.read_range(url, 0, 100)
     assert len(spoiled) >= files.TRIES

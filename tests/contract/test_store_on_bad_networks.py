@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,28 +12,22 @@ from kddata import rng
 from kddata.errors import StoreError
 from kddata.store import LabelStore, open_storage, s3
 from kddata.testing import chaos, small_store
-from kddata.testing.http_faults import Spoiled, proxy
+from kddata.testing.http_faults import Spoiled, behind
 
 
 @contextmanager
-def behind(plan: Callable[[int], Spoiled | None]) -> Iterator[list[Spoiled]]:
-    """A block in which S3 is reached through a proxy; what the proxy spoiled."""
-    import s3fs
-
-    spoiled: list[Spoiled] = []
-
-    def noted(number: int) -> Spoiled | None:
-        found = plan(number)
-        spoiled.extend([found] if found else [])
-        return found
-
-    with proxy(os.environ["AWS_ENDPOINT_URL"], noted, slow_s=3) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", url)
+def hurried(plan: Callable[[int], Spoiled | None]) -> Iterator[list[Spoiled]]:
+    """As `behind`, with pauses and limits of tries that a test can wait for."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s3, "PAUSE_S", 0.01)
         patch.setattr(s3, "READ_TIMEOUT_S", 1)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield spoiled
-    s3fs.S3FileSystem.clear_instance_cache()
+        with behind(plan, slow_s=3) as spoiled:
+            yield spoiled
+
+
+def always(kind: Spoiled) -> Callable[[int], Spoiled]:
+    """A plan by which every request is spoiled in one way."""
+    return lambda _: kind
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def test_spoiled_answers_are_asked_for_again(url: str) -> None:
         return kinds[number // 9 % len(kinds)] if number % 9 == 8 else None
 
     wanted = chaos.contents(small_store(f"memory://{url[5:]}").url)
-    with behind(plan) as spoiled:
+    with hurried(plan) as spoiled:
         store = small_store(url)
         opened = LabelStore.open(url)
         assert opened.verify() == []
@@ -65,7 +58,7 @@ def test_every_tenth_answer_spoiled_by_chance(url: str) -> None:
         return "500" if chance < 0.07 else "lost" if chance < 0.12 else "cut" if chance < 0.15 else None
 
     wanted = chaos.contents(small_store(f"memory://{url[5:]}").url)
-    with behind(plan) as spoiled:
+    with hurried(plan) as spoiled:
         small_store(url)
     assert len(spoiled) >= 8
     assert chaos.contents(url) == wanted
@@ -73,10 +66,11 @@ def test_every_tenth_answer_spoiled_by_chance(url: str) -> None:
 
 def test_a_server_that_never_answers_well_ends_in_one_clear_error(url: str) -> None:
     store = small_store(url)
-    for kind in ("500", "lost", "cut"):
-        with behind(lambda _, kind=kind: kind), pytest.raises(StoreError, match=r"within 6 tries; got .*check the net"):  # type: ignore[misc]
+    kinds: tuple[Spoiled, ...] = ("500", "lost", "cut")
+    for kind in kinds:
+        with hurried(always(kind)), pytest.raises(StoreError, match=r"within 6 tries; got .*check the net"):
             store.read(0)
-    with behind(lambda _: "500"):
+    with hurried(always("500")):
         for call in (store.storage.sizes, lambda: list(store.storage.chunks("store.json")), store.verify):
             with pytest.raises(StoreError, match="within 6 tries"):
                 call()
@@ -84,7 +78,7 @@ def test_a_server_that_never_answers_well_ends_in_one_clear_error(url: str) -> N
 
 def test_a_server_that_ignores_conditions_is_refused_and_left_empty(url: str) -> None:
     with (
-        behind(lambda _: "unconditional"),
+        hurried(always("unconditional")),
         pytest.raises(StoreError, match=r"put-if-absent.*ignores If-None-Match") as caught,
     ):
         small_store(url)
