@@ -44,7 +44,7 @@ def order_of(
         rows_per_unit=store.rows_per_unit if choice is None else choice.rows_per_unit(store.units()),
         seed=seed,
         window_rows=rows,
-        views_per_unit=np.array([unit.num_views for unit in store.units()], dtype=np.int64),
+        views_per_unit=store.views_per_unit,
         visit_views=views_per_visit,
         together=views_together,
         batch_size=batch_size,
@@ -57,7 +57,7 @@ def open_images(store: LabelStore, images: str | Sequence[str] | None = None) ->
     Raises SourceError naming the image shards of the store that are not there.
     """
     source = open_source(store.location if images is None else images)
-    missing = sorted({shard.name for shard in store.images} - set(source.shard_names()))
+    missing = sorted(set(store.shard_names) - set(source.shard_names()))
     if missing:
         raise SourceError(
             f"images hold all {len(store.images)} image shards of the store",

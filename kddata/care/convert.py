@@ -16,7 +16,8 @@ from kddata.errors import ConfigError
 from kddata.images import ImageSource, image_again
 from kddata.labelling import missing_units
 from kddata.reader import open_images
-from kddata.store import LabelStore, Receipt, Unit, driving, manifest, open_storage
+from kddata.store import LabelStore, Receipt, Unit, driving, manifest, naming, open_storage
+from kddata.store.entries import texts
 
 
 def convert(
@@ -77,9 +78,9 @@ def convert(
 def _generations(store: LabelStore) -> list[dict[str, Any]]:
     """The manifests of a store, oldest first."""
     assert store.manifest is not None, "a store that was opened is finished"
-    names = [manifest.manifest_name(1 + i) for i in range(store.manifest["generation"] - 1)]
+    names = [naming.manifest_name(1 + i) for i in range(store.manifest["generation"] - 1)]
     return [
-        *(manifest.parse(store.storage.read(name), name=name, where=f"{store.url}/{name}") for name in names),
+        *(manifest.parse(store.storage, store.storage.read(name), name=name) for name in names),
         store.manifest,
     ]
 
@@ -103,7 +104,7 @@ def _begin(out: str, spec: StoreSpec, content: dict[str, Any], done: int) -> Lab
 
 
 def _names(content: dict[str, Any]) -> list[str]:
-    return [shard["name"] for shard in content["image_shards"]]
+    return texts(content["image_shards"], "name")
 
 
 def _index(store: LabelStore, converted: LabelStore, content: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kddata.errors import StoreMissingError
-from kddata.store import driving, manifest
+from kddata.store import driving, manifest, naming
 from kddata.store.lock import LOCK
 from kddata.store.sealing import unseal
 from kddata.store.storage import TEMPORARY, Storage, open_storage
@@ -48,7 +48,7 @@ def collect_garbage(url: str, *, dry_run: bool = False) -> list[Stray]:
 def _strays(storage: Storage) -> list[Stray]:
     committed, sizes = manifest.find(storage), storage.sizes()
     if committed is None:
-        if manifest.HEADER not in sizes:
+        if naming.HEADER not in sizes:
             raise StoreMissingError("there is a store to clean", actual="none", where=storage.url, fix="check the path")
         kept = {name for name in sizes if not TEMPORARY.search(name)}
     else:
@@ -62,7 +62,7 @@ def _strays(storage: Storage) -> list[Stray]:
 
 def _of_extension(storage: Storage, committed: dict[str, Any], sizes: set[str]) -> set[str]:
     """What an extension of this generation, under way, has written."""
-    name = manifest.extension_name(committed["generation"] + 1)
+    name = naming.extension_name(committed["generation"] + 1)
     if name not in sizes:
         return set()
     record = unseal(storage.read(name), where=f"{storage.url}/{name}")
@@ -73,9 +73,9 @@ def _of_extension(storage: Storage, committed: dict[str, Any], sizes: set[str]) 
         unit_views=record["spec"]["unit_views"],
         base=committed,
     )
-    indexes = {manifest.index_name(number) for number in range(len(record["shards"]))}
-    labels = {manifest.labels_name(unit.number, record["spec"]["format"]) for unit in units}
-    return {name} | indexes | labels | {manifest.receipt_name(unit.number) for unit in units}
+    indexes = {naming.index_name(number) for number in range(len(record["shards"]))}
+    labels = {naming.labels_name(unit.number, record["spec"]["format"]) for unit in units}
+    return {name} | indexes | labels | {naming.receipt_name(unit.number) for unit in units}
 
 
 def _reason(name: str) -> str:

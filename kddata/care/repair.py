@@ -7,6 +7,7 @@ there only if it has the hash that the manifest names. Deliberately not here: ex
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 from kddata.errors import StoreDamagedError, StoreMismatchError
 from kddata.images import ImageSource, open_source
 from kddata.labelling import LabellingJob, job_spec, label_unit, load_job_teacher
-from kddata.store import LabelStore, Problem, Unit, driving, manifest, open_storage, verify_store
+from kddata.store import LabelStore, Problem, Unit, driving, manifest, naming, open_storage, verify_store
+from kddata.store.entries import Entries
 from kddata.store.lock import LOCK
-from kddata.store.sealing import seal, unseal
-from kddata.store.storage import Storage
+from kddata.store.sealing import seal
+from kddata.store.storage import Storage, read_or_none
 from kddata.teacher import Answers
+
+_COPIED = re.compile(r"(?:manifest|images|units)-\d{6}(?:\.copy)?\.(?:json|arrow)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ def _repair(job: LabellingJob, on_file: Callable[[str], None]) -> Repaired:
     storage, problems = open_storage(job.store), _problems(job.store)
     restored: list[str] = []
     damaged = {problem.file for problem in problems if not problem.reason.startswith("extra")}
-    manifests = sorted(name for name in damaged if name.startswith("manifest-"))
+    manifests = [name for name in sorted(damaged, key=_manifest_first) if _COPIED.match(name)]
     for name in manifests:
         _restore_manifest(storage, name)
         on_file(name)
@@ -65,11 +69,11 @@ def _repair(job: LabellingJob, on_file: Callable[[str], None]) -> Repaired:
     damaged = {problem.file for problem in problems if not problem.reason.startswith("extra")}
     store = LabelStore.open(job.store)
     committed = manifest.load(storage)
-    for name in sorted(damaged & {manifest.HEADER, manifest.IMAGES}):
+    for name in sorted(damaged & {naming.HEADER, naming.IMAGES}):
         _restore_record(storage, name, committed["files"][name])
         on_file(name)
         restored.append(name)
-    indexes = [i for i in range(len(store.images)) if manifest.index_name(i) in damaged]
+    indexes = [i for i in range(len(store.images)) if naming.index_name(i) in damaged]
     units = [unit for unit, entry in zip(store.units(), committed["units"], strict=True) if entry["file"] in damaged]
     if indexes or units:
         teacher = load_job_teacher(job)
@@ -77,8 +81,8 @@ def _repair(job: LabellingJob, on_file: Callable[[str], None]) -> Repaired:
         _require_same(store, committed, job, teacher, source)
         for number in indexes:
             _restore_index(store, number, source)
-            on_file(manifest.index_name(number))
-            restored.append(manifest.index_name(number))
+            on_file(naming.index_name(number))
+            restored.append(naming.index_name(number))
         for number in sorted({unit.shard for unit in units} - set(indexes)):
             _require_same_images(store, number, source)
         for unit in units:
@@ -87,6 +91,10 @@ def _repair(job: LabellingJob, on_file: Callable[[str], None]) -> Repaired:
             restored.append(committed["units"][unit.number]["file"])
     left = tuple(problem for problem in problems if problem.file not in restored)
     return Repaired(url=store.url, files=tuple(restored), units=len(units), left=left)
+
+
+def _manifest_first(name: str) -> tuple[bool, str]:
+    return not name.startswith("manifest-"), name  # it says what its parts are
 
 
 def _problems(url: str) -> list[Problem]:
@@ -156,23 +164,27 @@ def _restore_index(store: LabelStore, number: int, source: ImageSource) -> None:
 
 def _restore_record(storage: Storage, name: str, sha256: str) -> None:
     """store.json or images.json, whose content the first manifest holds too."""
-    first = unseal(storage.read(manifest.MANIFEST), where=f"{storage.url}/{manifest.MANIFEST}")
-    if name == manifest.HEADER:
-        data = seal({key: first[key] for key in manifest.HEADER_KEYS})
+    first = manifest.parse(storage, storage.read(naming.MANIFEST), name=naming.MANIFEST)
+    if name == naming.HEADER:
+        head = {key: first[key] for key in manifest.HEADER_KEYS}
+        data = seal({**head, "format_version": first["spec"]["format_version"]})
     else:
-        data = seal({"shards": first["image_shards"]})
+        data = seal({"shards": list(first["image_shards"])})
     assert hashlib.sha256(data).hexdigest() == sha256, f"{name} is not what the manifest was made from"
     _replace(storage, name, data)
 
 
 def _restore_manifest(storage: Storage, name: str) -> None:
-    """A manifest from its copy, or a copy from its manifest: whichever of the two still has its seal."""
-    twin = manifest.twin(name)
-    data = manifest.read_or_none(storage, twin)
+    """A manifest or a part of one from its copy, or the other way round: whichever is still as it was written."""
+    twin = naming.twin(name)
+    data = read_or_none(storage, twin)
     try:
         if data is None:
             raise StoreDamagedError("a manifest has a copy", actual="none", where=f"{storage.url}/{twin}")
-        manifest.parse(data, name=twin, where=f"{storage.url}/{twin}")
+        if name.endswith(".json"):
+            manifest.parse(storage, data, name=twin)
+        elif hashlib.sha256(data).hexdigest() != _part_sha256(storage, name):
+            raise StoreDamagedError("a copy has the SHA-256 of its part", where=f"{storage.url}/{twin}")
     except StoreDamagedError as error:
         raise StoreDamagedError(
             "a manifest or its copy is sound",
@@ -181,6 +193,13 @@ def _restore_manifest(storage: Storage, name: str) -> None:
             fix="restore one of the two from a backup; without them nothing says which labels are right",
         ) from error
     _replace(storage, name, data)
+
+
+def _part_sha256(storage: Storage, name: str) -> str | None:
+    """What the newest manifest says of a part or its copy."""
+    committed = manifest.load(storage)
+    parts = [part for key in ("image_shards", "units") if isinstance(x := committed[key], Entries) for part in x.parts]
+    return next((part.sha256 for part in parts if name in (part.file, naming.twin(part.file))), None)
 
 
 def _replace(storage: Storage, name: str, data: bytes) -> None:

@@ -3,8 +3,8 @@
     store = LabelStore.open("out/labels")
     rows = store.read(0)                 # LabelRows of unit 0, checked against the manifest
 
-Inside, from the ground up: storage (the only way to the files), sealing, rows, manifest, codecs, columns,
-formats (arrow and tar), tally, verify, store.
+Inside, from the ground up: storage (the only way to the files), naming, sealing, rows, entries, manifest, codecs,
+columns, formats (arrow and tar), tally, folding, verify, store.
 """
 
 from kddata.store.choice import Choice, Subset, choose

@@ -71,8 +71,22 @@ def write_index(out: HashingWriter, about: dict[str, Any], columns: Sequence[Seq
 
 def read_index(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
     """An image index as a table of `INDEX_FIELDS`, and what it says about itself."""
+    return read_table(data, pa.schema(INDEX_FIELDS), where=where)
+
+
+def write_table(
+    out: HashingWriter, schema: pa.Schema, about: dict[str, Any], batches: Iterable[pa.RecordBatch]
+) -> None:
+    """Writes any table, batch by batch."""
+    with _writer(out, schema, about) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_table(data: bytes, schema: pa.Schema, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A table of these columns, and what it says about itself. Raises StoreDamagedError for any other."""
     table, about = _read(data, where=where)
-    _require_schema(table, pa.schema(INDEX_FIELDS), where=where)
+    _require_schema(table, schema, where=where)
     return table, about
 
 

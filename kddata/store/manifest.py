@@ -12,16 +12,14 @@ from typing import Any
 
 from kddata.cards import StoreSpec, differences
 from kddata.errors import StoreDamagedError, StoreMismatchError, StoreMissingError
-from kddata.store import rules
+from kddata.store import naming, rules
+from kddata.store.entries import IMAGE_SHARDS, UNITS, Entries, Part
+from kddata.store.naming import HEADER, MANIFEST
 from kddata.store.sealing import seal, unseal
-from kddata.store.storage import Storage
-from kddata.store.units import PlannedUnits, Unit
+from kddata.store.storage import Storage, read_or_none
+from kddata.store.units import PlannedUnits
 
-HEADER = "store.json"
 HEADER_KEYS = ("fingerprint", "first_view", "format_version", "images", "libraries", "spec", "views_per_image")
-IMAGES = "images.json"
-MANIFEST = "manifest-000001.json"
-_COPY = ".copy.json"
 _LIBRARIES = ("kddata", "numpy", "pillow", "pyarrow", "torch", "torchvision")
 _log = logging.getLogger(__name__)
 
@@ -64,34 +62,6 @@ class Receipt:
     labelled: int
     entropy_sum: float
     tail_sum: float
-
-
-def manifest_name(generation: int) -> str:
-    return f"manifest-{generation:06d}.json"
-
-
-def twin(name: str) -> str:
-    """The copy of a manifest, written just before it, or the manifest of a copy: each mends the other."""
-    if name.endswith(_COPY):
-        return name.removesuffix(_COPY) + ".json"
-    return name.removesuffix(".json") + _COPY
-
-
-def extension_name(generation: int) -> str:
-    """Of the record of an extension that is under way to this generation; it is removed when that is committed."""
-    return f"extension-{generation:06d}.json"
-
-
-def index_name(shard: int) -> str:
-    return f"index/{shard:05d}.arrow"
-
-
-def labels_name(unit: int, format: str = "arrow") -> str:
-    return f"labels/{unit:06d}.{format.partition('+')[0]}"
-
-
-def receipt_name(unit: int) -> str:
-    return f"receipts/{unit:06d}.json"
 
 
 def plan_units(
@@ -175,88 +145,52 @@ def parse_receipt(data: bytes, *, unit: int, fingerprint: str, where: str) -> Re
     return receipt
 
 
-def manifest(
-    head: dict[str, Any],
-    shards: Sequence[IndexedShard],
-    units: Sequence[Unit],
-    receipts: dict[int, Receipt],
-    *,
-    files: dict[str, str],
-    base: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of a manifest: of generation 1, or of the one after `base`, which it holds all of.
-
-    Args:
-        units, receipts: what this generation adds.
-        files: the SHA-256s of the records that it folds in.
-    """
-    done = [receipts[unit.number] for unit in units]
-    before: dict[str, Any] = base or {"bad": [], "files": {}, "generation": 0, "totals": {}, "units": []}
-    bad = dict(pair for receipt in done for pair in reversed(receipt.bad)) | dict(before["bad"])
-    entries = [
-        {
-            **{"file": labels_name(unit.number, head["spec"]["format"]), "rows": receipt.rows, "bytes": receipt.bytes},
-            **{"sha256": receipt.sha256, "images": receipt.images},
-            **dataclasses.asdict(unit),
-        }
-        for unit, receipt in zip(units, done, strict=True)
-    ]
-    sums = {
-        name: before["totals"].get(name, 0) + sum(getattr(receipt, name) for receipt in done)
-        for name in ("bytes", "correct", "entropy_sum", "labelled", "rows", "tail_sum")
-    }
-    totals = {
-        **sums,
-        "bad_images": len(bad),
-        "images": sum(shard.num_images for shard in shards) - len(bad),
-        "units": len(before["units"]) + len(units),
-    }
-    return {
-        **head,
-        "bad": sorted(bad.items()),
-        "files": {**before["files"], **files},
-        "generation": before["generation"] + 1,
-        "image_shards": [dataclasses.asdict(shard) for shard in shards],
-        "totals": totals,
-        "units": [*before["units"], *entries],
-    }
-
-
 def newest(storage: Storage) -> tuple[str, bytes] | None:
     """Name and bytes of the newest manifest; None where there is none. Generations are tried from 1 on: no listing."""
     found, generation = None, 1
-    while (data := read_or_none(storage, manifest_name(generation))) is not None:
-        found, generation = (manifest_name(generation), data), generation + 1
+    while (data := read_or_none(storage, naming.manifest_name(generation))) is not None:
+        found, generation = (naming.manifest_name(generation), data), generation + 1
     return found
 
 
 def publish(storage: Storage, content: dict[str, Any]) -> None:
     """Publishes a manifest, its copy first, unless there is one of its generation."""
-    name, data = manifest_name(content["generation"]), seal(content)
-    with storage.replacing(twin(name)) as out:
+    name, data = naming.manifest_name(content["generation"]), seal(content)
+    with storage.replacing(naming.twin(name)) as out:
         out.write(data)
     storage.create(name, data)
 
 
-def parse(data: bytes, *, name: str, where: str) -> dict[str, Any]:
-    """The content of the manifest, or the copy of one, that lies under this name. Raises like `unseal`."""
+def parse(storage: Storage, data: bytes, *, name: str, salvage: bool = False) -> dict[str, Any]:
+    """The content of the manifest, or the copy of one, that lies under this name. Raises like `unseal`.
+
+    Its `units` and `image_shards` are sequences of dicts; those in parts are read at the first use, with `salvage` from
+    the copies of parts that are damaged.
+    """
+    where = f"{storage.url}/{name}"
     content = unseal(data, where=where)
     generation = content.get("generation")
     if not (type(generation) is int and 0 < generation < 1_000_000) or not name.startswith(
-        manifest_name(generation).removesuffix(".json")
+        naming.manifest_name(generation).removesuffix(".json")
     ):
         raise StoreDamagedError(
             "a manifest is of the generation that it is named by", actual=f"generation {generation}", where=where
         )
-    records = {HEADER, IMAGES, *(manifest_name(older) for older in range(1, generation))}
-    rules.check(content, records=records, labels_name=labels_name, where=where)
+    rules.check(content, where=where)
+    if "parts" in content:
+        parts = {key: [Part(**part) for part in parts] for key, parts in content.pop("parts").items()}
+        num_shards, format = sum(part.entries for part in parts["image_shards"]), content["spec"]["format"]
+        for kind in (IMAGE_SHARDS, UNITS):
+            content[kind.key] = Entries(
+                storage, kind, parts[kind.key], format=format, num_shards=num_shards, salvage=salvage
+            )
     return content
 
 
 def find(storage: Storage) -> dict[str, Any] | None:
     """The content of the newest manifest; None where there is none."""
     found = newest(storage)
-    return None if found is None else parse(found[1], name=found[0], where=f"{storage.url}/{found[0]}")
+    return None if found is None else parse(storage, found[1], name=found[0])
 
 
 def load(storage: Storage) -> dict[str, Any]:
@@ -281,13 +215,6 @@ def load(storage: Storage) -> dict[str, Any]:
         where=storage.url,
         fix="run the same label command again; finished units are kept",
     )
-
-
-def read_or_none(storage: Storage, name: str) -> bytes | None:
-    try:
-        return storage.read(name)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 @functools.cache

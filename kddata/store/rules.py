@@ -11,21 +11,22 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kddata.cards import StoreSpec
 from kddata.errors import StoreDamagedError
+from kddata.store import naming
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MOST = 1 << 53
 _MOST_VIEWS = 1 << 20
-_NUMBERS = ("rows", "bytes", "images", "number", "shard", "piece", "start", "stop", "view_start", "view_stop")
+UNIT_NUMBERS = ("rows", "bytes", "images", "number", "shard", "piece", "start", "stop", "view_start", "view_stop")
 
 
-def check(content: dict[str, Any], *, records: set[str], labels_name: Callable[[int, str], str], where: str) -> None:
+def check(content: dict[str, Any], *, where: str) -> None:
     """Raises StoreDamagedError, naming the entry, for what no manifest of this library holds.
 
-    Args:
-        records: names of the records that a manifest of this generation may fold in.
-        labels_name: of the label shard of a unit, by number and format.
+    Units and image shards that lie in parts are checked when these are read.
     """
 
     def require(holds: bool, rule: str, actual: object) -> None:
@@ -38,12 +39,13 @@ def check(content: dict[str, Any], *, records: set[str], labels_name: Callable[[
         "libraries": dict,
         "files": dict,
         "totals": dict,
-        "units": list,
-        "image_shards": list,
         "bad": list,
+        "generation": int,
         "views_per_image": int,
         "first_view": int,
     }
+    inline = "parts" not in content
+    kinds |= {"units": list, "image_shards": list} if inline else {"parts": dict}
     for key, kind in kinds.items():
         require(isinstance(content.get(key), kind), f"a manifest has {key}", content.get(key))
     for key in ("views_per_image", "first_view"):
@@ -56,16 +58,62 @@ def check(content: dict[str, Any], *, records: set[str], labels_name: Callable[[
     require(isinstance(location, (str, list)) and isinstance(kind, str), "images have a location", content["images"])
     for key in ("bytes", "correct", "labelled", "rows", "bad_images", "images", "units"):
         require(_is_number(content["totals"].get(key)), f"totals count {key}", content["totals"].get(key))
+    records = {naming.HEADER, naming.IMAGES, *(naming.manifest_name(i) for i in range(1, content["generation"]))}
     for name, sha256 in content["files"].items():
         require(name in records, "files are records of the store", name)
         require(_is_hash(sha256), "a file has a SHA-256", sha256)
     for pair in content["bad"]:
         texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
         require(texts, "bad images have an id and a reason", pair)
+    if not inline:
+        _check_parts(content, require)
+        return
     for shard in content["image_shards"]:
         _check_shard(shard, require)
     for number, unit in enumerate(content["units"]):
-        _check_unit(unit, number, labels_name(number, format), len(content["image_shards"]), require)
+        _check_unit(unit, number, naming.labels_name(number, format), len(content["image_shards"]), require)
+
+
+def check_unit_columns(columns: dict[str, Any], num_shards: int, *, where: str) -> None:
+    """The same for units as columns, int64 [N] each but for hashes. Raises StoreDamagedError, naming the unit."""
+    number = columns["number"]
+    holds = (number == np.arange(len(number))) & (columns["shard"] < num_shards)
+    holds &= (columns["start"] <= columns["stop"]) & (columns["view_start"] < columns["view_stop"])
+    holds &= columns["view_stop"] <= _MOST_VIEWS
+    for name in UNIT_NUMBERS:
+        holds &= (columns[name] >= 0) & (columns[name] < _MOST)
+    if not holds.all():
+        first = int(np.flatnonzero(~holds)[0])
+        raise StoreDamagedError(
+            "a unit stands in its place, and is a stretch of an image shard and of views",
+            actual=f"unit {first}: { {name: int(columns[name][first]) for name in UNIT_NUMBERS} }",
+            where=where,
+        )
+
+
+def check_shard_columns(columns: dict[str, Any], *, where: str) -> None:
+    """The same for image shards as columns."""
+    holds = (columns["num_images"] >= 0) & (columns["num_images"] < _MOST)
+    holds &= (columns["size_bytes"] >= -1) & (columns["size_bytes"] < _MOST)
+    if not holds.all():
+        first = int(np.flatnonzero(~holds)[0])
+        raise StoreDamagedError("an image shard is described", actual=f"image shard {first}", where=where)
+
+
+def _check_parts(content: dict[str, Any], require: Callable[[bool, str, object], None]) -> None:
+    parts = content["parts"]
+    require(parts.keys() == {"image_shards", "units"}, "parts are of image shards and units", sorted(parts))
+    for key, stem in (("image_shards", "images"), ("units", "units")):
+        names = [naming.part_name(stem, i + 1) for i in range(content["generation"])]
+        require(isinstance(parts[key], list), "parts are listed", parts[key])
+        for part in parts[key]:
+            keys = {"file", "sha256", "entries"}
+            require(isinstance(part, dict) and part.keys() == keys, f"a part has {sorted(keys)}", part)
+            require(part["file"] in names, "a part has the name of its generation", part["file"])
+            described = _is_hash(part["sha256"]) and _is_number(part["entries"])
+            require(described, "a part has a SHA-256 and a number of entries", part)
+        there = [part["file"] for part in parts[key]]
+        require(there == sorted(set(there)), "parts are listed once, by generation", there)
 
 
 def _check_shard(shard: Any, require: Callable[[bool, str, object], None]) -> None:
@@ -81,9 +129,9 @@ def _check_shard(shard: Any, require: Callable[[bool, str, object], None]) -> No
 def _check_unit(
     unit: Any, number: int, file: str, num_shards: int, require: Callable[[bool, str, object], None]
 ) -> None:
-    keys = {"file", "sha256", *_NUMBERS}
+    keys = {"file", "sha256", *UNIT_NUMBERS}
     require(isinstance(unit, dict) and unit.keys() == keys, f"a unit has {sorted(keys)}", unit)
-    numbers = all(_is_number(unit[name]) for name in _NUMBERS)
+    numbers = all(_is_number(unit[name]) for name in UNIT_NUMBERS)
     require(numbers and unit["number"] == number, f"unit {number} stands in its place, with whole numbers", unit)
     require(unit["file"] == file, "a unit's file has the unit's name", unit["file"])
     require(_is_hash(unit["sha256"]), "a unit has a SHA-256", unit["sha256"])

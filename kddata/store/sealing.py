@@ -10,9 +10,10 @@ import hashlib
 import json
 from typing import Any
 
-from kddata.cards import FORMAT_VERSION, canonical_json
+from kddata.cards import canonical_json
 from kddata.errors import StoreDamagedError, StoreVersionError
 
+RECORD_VERSION = 2  # the newest of records; 2 is a manifest with parts, all others have the version of their spec
 _SEAL = '"seal": "{}"'  # with a space, which canonical JSON inside of values never has
 
 
@@ -36,10 +37,10 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
     unsealed = data.replace(_SEAL.format(digest).encode(), _SEAL.format("").encode())
     if hashlib.sha256(unsealed).hexdigest() != digest:
         raise StoreDamagedError("a record of a store has the bytes that were written", where=where)
-    version = value.get("format_version", FORMAT_VERSION)
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    version = value.get("format_version", RECORD_VERSION)
+    if isinstance(version, int) and version > RECORD_VERSION:
         raise StoreVersionError(
-            f"this library reads store format versions up to {FORMAT_VERSION}",
+            f"this library reads store format versions up to {RECORD_VERSION}",
             actual=f"version {version}",
             where=where,
             fix="upgrade kddata",

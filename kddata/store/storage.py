@@ -9,6 +9,7 @@ call to the outside is a step (`kddata.store.steps`). Trade-off: small files pas
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import secrets
@@ -17,12 +18,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from kddata.errors import ConfigError, StoreError
+from kddata.errors import ConfigError, StoreDamagedError, StoreError
 from kddata.store.disk import LocalStorage
 from kddata.store.s3 import S3Storage
 from kddata.store.steps import HashingWriter, stepping
 
-__all__ = ["TEMPORARY", "HashingWriter", "Storage", "open_storage", "require_create_once"]
+__all__ = [
+    "TEMPORARY",
+    "HashingWriter",
+    "Storage",
+    "open_storage",
+    "read_checked",
+    "read_or_none",
+    "require_create_once",
+]
 
 TEMPORARY = re.compile(r"(^|/)\.tmp-[0-9a-f]+$")
 _MEMORY_LOCK = threading.Lock()
@@ -104,6 +113,30 @@ def require_create_once(storage: Storage) -> None:
             where=storage.url,
             fix="upgrade the server, or label on a disk and copy the finished store",
         )
+
+
+def read_or_none(storage: Storage, name: str) -> bytes | None:
+    """The whole file; None where there is none."""
+    try:
+        return storage.read(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_checked(storage: Storage, name: str, sha256: str | None) -> bytes:
+    """A file with this hash. The bytes that are hashed are the bytes that are used."""
+    where = f"{storage.url}/{name}"
+    data = read_or_none(storage, name)
+    if data is None:
+        raise StoreDamagedError("every file of a store is there", actual="no such file", where=where)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreDamagedError(
+            "a file of a store has the bytes that were written",
+            actual="another SHA-256",
+            where=where,
+            fix="`kddata verify` lists all damage; restore the file from a copy, or label again",
+        )
+    return data
 
 
 class MemoryStorage:

@@ -8,7 +8,8 @@ from which it can be mended.
 
 Layout, in the order of writing: store.json, index/*.arrow, images.json, then for each unit labels/N.arrow (or .tar) and
 receipts/N.json, then manifest-000001.json; receipts are removed after it. An extension in the same way: index/*.arrow
-of new image shards, extension-000002.json, new units, manifest-000002.json.
+of new image shards, extension-000002.json, new units, manifest-000002.json. Where a manifest would list more than 512
+units or image shards, images-000001.arrow and units-000001.arrow, written just before it, do so.
 """
 
 from __future__ import annotations
@@ -32,16 +33,21 @@ from kddata.errors import (
     StoreMismatchError,
     StoreMissingError,
 )
-from kddata.store import arrow, columns, formats, manifest
+from kddata.store import arrow, columns, formats, manifest, naming
+from kddata.store.entries import mapped, numbers, texts
+from kddata.store.folding import fold
 from kddata.store.lock import LOCK
-from kddata.store.manifest import HEADER, IMAGES, MANIFEST, IndexedShard, Receipt
+from kddata.store.manifest import IndexedShard, Receipt
+from kddata.store.naming import HEADER, IMAGES, MANIFEST
 from kddata.store.rows import LabelRows
 from kddata.store.sealing import seal, unseal
-from kddata.store.storage import TEMPORARY, Storage, open_storage, require_create_once
+from kddata.store.storage import TEMPORARY, Storage, open_storage, read_checked, read_or_none, require_create_once
 from kddata.store.tally import Tally
 from kddata.store.tar import ImageBytes
 from kddata.store.units import Unit
 from kddata.store.verify import Problem, find_problems
+
+_UNIT_FIELDS = [field.name for field in dataclasses.fields(Unit)]
 
 
 class LabelStore:
@@ -73,7 +79,7 @@ class LabelStore:
         self.manifest = committed
         self._head = head
         self._base = base  # the manifest that is being extended
-        self._images: tuple[IndexedShard, ...] | None = None
+        self._images: Sequence[IndexedShard] | None = None
         self._units: Sequence[Unit] | None = None
         self._index: tuple[int, pa.Table] | None = None
 
@@ -125,7 +131,7 @@ class LabelStore:
             first_view=first_view,
             made_with=libraries,
         )
-        stored = manifest.read_or_none(storage, HEADER)
+        stored = read_or_none(storage, HEADER)
         if stored is None:
             others = [
                 name for name in storage.sizes() if not (TEMPORARY.search(name) or LOCK.match(name) or name == HEADER)
@@ -139,7 +145,7 @@ class LabelStore:
                 return cls(storage, head, None)
             stored = storage.read(HEADER)
         committed = manifest.find(storage)  # it counts where there is one, as an extension changes what store.json said
-        copied = committed is None and manifest.read_or_none(storage, manifest.twin(MANIFEST)) is not None
+        copied = committed is None and read_or_none(storage, naming.twin(MANIFEST)) is not None
         if copied and next(storage.listing("receipts"), None) is None:
             manifest.load(storage)  # raises: to label everything again would be a dear way to restore one file
         found = committed or unseal(stored, where=f"{storage.url}/{HEADER}")
@@ -185,7 +191,7 @@ class LabelStore:
             "views_per_image": max(views_per_image, base["views_per_image"]),
         }
         manifest.require_same({**base, **may_change}, head, where=storage.url)
-        known = [shard["name"] for shard in base["image_shards"]]
+        known = texts(base["image_shards"], "name")
         if list(names[: len(known)]) != known:
             raise StoreMismatchError(
                 "an extension names the image shards of its store first, in their order, and new ones after them",
@@ -244,9 +250,9 @@ class LabelStore:
                 raise StoreError("images are indexed before the first unit", where=self.url)
             wanted = self.images[shard].sha256
         about = {"fingerprint": self.spec.fingerprint, "name": name, "shard": shard, "size_bytes": size_bytes}
-        with self.storage.replacing(manifest.index_name(shard)) as out:
+        with self.storage.replacing(naming.index_name(shard)) as out:
             arrow.write_index(out, about, (ids, labels, offsets, lengths), self.spec.unit_images)
-            _require_sha256(out.sha256, wanted, where=f"{self.url}/{manifest.index_name(shard)}")
+            _require_sha256(out.sha256, wanted, where=f"{self.url}/{naming.index_name(shard)}")
 
     def finish_index(self, names: Sequence[str] | None = None) -> None:
         """Seals the list of image shards: all of them are indexed. Does nothing if it is sealed already.
@@ -267,8 +273,8 @@ class LabelStore:
             if numbers != list(range(len(numbers))):
                 raise StoreError("every image shard is indexed", actual=f"{numbers[:8]}", where=self.url)
             for number in numbers[len(shards) :]:
-                data = self.storage.read(manifest.index_name(number))
-                table, about = arrow.read_index(data, where=f"{self.url}/{manifest.index_name(number)}")
+                data = self.storage.read(naming.index_name(number))
+                table, about = arrow.read_index(data, where=f"{self.url}/{naming.index_name(number)}")
                 shards.append(
                     IndexedShard(
                         name=about["name"],
@@ -283,7 +289,7 @@ class LabelStore:
         self._require_list(names)
 
     @property
-    def images(self) -> tuple[IndexedShard, ...]:
+    def images(self) -> Sequence[IndexedShard]:
         """The image shards, in order of their numbers. Raises StoreMissingError before `finish_index`."""
         known = self._known_images()
         if known is None:
@@ -291,6 +297,13 @@ class LabelStore:
                 "images are indexed before units are planned", where=self.url, fix="run the same label command again"
             )
         return known
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The names of the image shards, in order of their numbers. Raises like `images`."""
+        if self.manifest is not None:
+            return texts(self.manifest["image_shards"], "name")
+        return [shard.name for shard in self.images]
 
     def read_index(self, unit: Unit) -> tuple[list[str], list[int | None], list[int], list[int]]:
         """(ids, labels, offsets, lengths) of the images of a unit, in order.
@@ -323,8 +336,7 @@ class LabelStore:
         """All units, by number; of a store that is being extended, the new ones."""
         if self._units is None:
             if self.manifest is not None:
-                names = [field.name for field in dataclasses.fields(Unit)]
-                self._units = [Unit(**{name: unit[name] for name in names}) for unit in self.manifest["units"]]
+                self._units = mapped(self.manifest["units"], _unit)
             else:
                 self._units = manifest.plan_units(
                     [shard.num_images for shard in self.images],
@@ -335,12 +347,8 @@ class LabelStore:
                 )
         return self._units
 
-    def finished(self) -> dict[int, Receipt]:
-        """The receipts of finished units by number; none after the commit, which folds them into the manifest."""
-        return {receipt.unit: receipt for receipt in self.receipts()}
-
     def receipts(self) -> Iterator[Receipt]:
-        """The same, one after the other by number: none is held."""
+        """The receipts of finished units, by number; none after the commit, which folds them into the manifest."""
         units = self.units()
         return (self._receipt(units[int(i)].number) for i in np.flatnonzero(self.finished_units()))
 
@@ -380,8 +388,8 @@ class LabelStore:
             raise StoreError(
                 "a committed store does not change", where=self.url, fix="`kddata extend` adds views or images to it"
             )
-        name = manifest.receipt_name(unit.number)
-        if manifest.read_or_none(self.storage, name) is not None:
+        name = naming.receipt_name(unit.number)
+        if read_or_none(self.storage, name) is not None:
             return self._receipt(unit.number)
         try:
             receipt = self._write_labels(unit, rows, bad, image_bytes)
@@ -420,7 +428,7 @@ class LabelStore:
         """Publishes the label shard of a unit, if it has the wanted SHA-256."""
         tally = Tally(unit, where=f"unit {unit.number} of {self.url}")
         batches = tally.watch(columns.rebatch(rows, columns.batch_rows(self.spec, unit.num_views)))
-        name = manifest.labels_name(unit.number, self.spec.format)
+        name = naming.labels_name(unit.number, self.spec.format)
         with self.storage.replacing(name) as out:
             formats.write_labels(out, self.spec, unit, batches, on_stored=tally.count, image_bytes=image_bytes)
             tally.close(bad)
@@ -443,6 +451,11 @@ class LabelStore:
 
     def _require_unfinished(self, unit: Unit) -> None:
         """Raises where another has finished a unit, or the store, while this process slept: its shard stays then."""
+        self._require_uncommitted()
+        if read_or_none(self.storage, naming.receipt_name(unit.number)) is not None:
+            raise _FinishedMeanwhileError
+
+    def _require_uncommitted(self) -> None:
         if self._is_committed_elsewhere():
             raise StoreBusyError(
                 "a store has one driver",
@@ -450,11 +463,9 @@ class LabelStore:
                 where=self.url,
                 fix="nothing is lost; the same command says that it is finished",
             )
-        if manifest.read_or_none(self.storage, manifest.receipt_name(unit.number)) is not None:
-            raise _FinishedMeanwhileError
 
     def _is_committed_elsewhere(self) -> bool:
-        return manifest.read_or_none(self.storage, manifest.manifest_name(self._generation)) is not None
+        return read_or_none(self.storage, naming.manifest_name(self._generation)) is not None
 
     @property
     def _generation(self) -> int:
@@ -471,7 +482,7 @@ class LabelStore:
                 manifest.publish(self.storage, self._fold())
             self.manifest = manifest.load(self.storage)
             self._units = self._images = self._base = None
-        self.storage.remove(manifest.extension_name(self.manifest["generation"]))
+        self.storage.remove(naming.extension_name(self.manifest["generation"]))
         self.storage.remove_folder("receipts")
         left = [name for name, _ in self.storage.listing() if TEMPORARY.search(name)]  # by writers that died
         for name in left:
@@ -484,41 +495,64 @@ class LabelStore:
         None while an extension is under way: they are its own.
         """
         generation = self._committed["generation"]
-        if manifest.read_or_none(self.storage, manifest.extension_name(generation + 1)) is not None:
+        if read_or_none(self.storage, naming.extension_name(generation + 1)) is not None:
             return []
-        passing = (TEMPORARY, LOCK, re.compile("^receipts/"), re.compile(f"^{manifest.extension_name(generation)}$"))
+        passing = (TEMPORARY, LOCK, re.compile("^receipts/"), re.compile(f"^{naming.extension_name(generation)}$"))
         return sorted(name for name, _ in self.storage.listing() if any(pattern.search(name) for pattern in passing))
 
     def _fold(self) -> dict[str, Any]:
-        units, receipts = self.units(), self.finished()
-        missing = [unit.number for unit in units if unit.number not in receipts]
-        if missing:
+        units, finished = self.units(), self.finished_units()
+        if not finished.all():
+            missing = np.flatnonzero(~finished)
             raise StoreMissingError(
                 "a store is committed when every unit is finished",
-                actual=f"{len(missing)} of {len(units)} are not, the first is {missing[0]}",
+                actual=f"{len(missing)} of {len(units)} are not, the first is {units[int(missing[0])].number}",
                 where=self.url,
                 fix="run the same label command again; finished units are kept",
             )
-        sizes = self.storage.sizes("labels")
-        for unit in units:
-            name = manifest.labels_name(unit.number, self.spec.format)
-            if sizes.get(name) != receipts[unit.number].bytes:
-                raise StoreDamagedError(
-                    f"a finished label shard has {receipts[unit.number].bytes} bytes",
-                    actual=sizes.get(name, "no file"),
-                    where=f"{self.url}/{name}",
-                    fix=f"remove {manifest.receipt_name(unit.number)} and run the same label command again",
-                )
-        records = (HEADER, IMAGES) if self._base is None else (manifest.manifest_name(self._base["generation"]),)
+        records = (HEADER, IMAGES) if self._base is None else (naming.manifest_name(self._base["generation"]),)
         files = {name: hashlib.sha256(self.storage.read(name)).hexdigest() for name in records}
-        return manifest.manifest(self._head, self.images, units, receipts, files=files, base=self._base)
+        return fold(
+            self.storage,
+            self._head,
+            self.images,
+            units,
+            self._sound_receipts(units),
+            files=files,
+            base=self._base,
+            before_publishing=self._require_uncommitted,
+        )
+
+    def _sound_receipts(self, units: Sequence[Unit]) -> Iterator[Receipt]:
+        """The receipts of units, by number. Raises StoreDamagedError for a label shard of another size than its own."""
+        first = units[0].number if len(units) else 0
+        there = np.full(len(units), -1, dtype=np.int64)  # bytes of each label shard
+        for name, num_bytes in self.storage.listing("labels"):
+            for number in _numbers([name]):
+                if 0 <= number - first < len(units) and name == naming.labels_name(number, self.spec.format):
+                    there[number - first] = num_bytes
+        for found, receipt in zip(there.tolist(), self.receipts(), strict=True):
+            if found != receipt.bytes:
+                raise StoreDamagedError(
+                    f"a finished label shard has {receipt.bytes} bytes",
+                    actual=found if found >= 0 else "no file",
+                    where=f"{self.url}/{naming.labels_name(receipt.unit, self.spec.format)}",
+                    fix=f"remove {naming.receipt_name(receipt.unit)} and run the same label command again",
+                )
+            yield receipt
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     @property
     def rows_per_unit(self) -> np.ndarray:
         """How many rows each unit holds, int64 [U]."""
-        return np.array([entry["rows"] for entry in self._committed["units"]], dtype=np.int64)
+        return numbers(self._committed["units"], "rows")
+
+    @property
+    def views_per_unit(self) -> np.ndarray:
+        """How many views of each of its images a unit holds, int64 [U]."""
+        units = self._committed["units"]
+        return numbers(units, "view_stop") - numbers(units, "view_start")
 
     @property
     def num_rows(self) -> int:
@@ -535,7 +569,7 @@ class LabelStore:
         """
         entry = self._committed["units"][unit]
         where = f"{self.url}/{entry['file']}"
-        data = _read_checked(self.storage, entry["file"], entry["sha256"] if verify else None)
+        data = read_checked(self.storage, entry["file"], entry["sha256"] if verify else None)
         rows = formats.read_labels(data, self.spec, unit, where=where, outputs=outputs)
         if len(rows) != entry["rows"]:
             raise StoreDamagedError(f"this shard has {entry['rows']} rows", actual=len(rows), where=where)
@@ -579,7 +613,7 @@ class LabelStore:
             )
         return self.manifest
 
-    def _known_images(self) -> tuple[IndexedShard, ...] | None:
+    def _known_images(self) -> Sequence[IndexedShard] | None:
         if self._images is None:
             if self.manifest is not None:
                 shards = self.manifest["image_shards"]
@@ -588,16 +622,16 @@ class LabelStore:
                 if record is None:
                     return None
                 shards = record["shards"]
-            self._images = tuple(IndexedShard(**shard) for shard in shards)
+            self._images = mapped(shards, _indexed_shard)
         return self._images
 
     @property
     def _list_name(self) -> str:
         """The record of the image shards; an extension's also says what it was asked for."""
-        return IMAGES if self._base is None else manifest.extension_name(self._base["generation"] + 1)
+        return IMAGES if self._base is None else naming.extension_name(self._base["generation"] + 1)
 
     def _sealed_list(self) -> dict[str, Any] | None:
-        data = manifest.read_or_none(self.storage, self._list_name)
+        data = read_or_none(self.storage, self._list_name)
         return None if data is None else unseal(data, where=f"{self.url}/{self._list_name}")
 
     def _require_list(self, names: Sequence[str] | None) -> None:
@@ -612,35 +646,27 @@ class LabelStore:
     def _index_table(self, shard: int) -> pa.Table:
         """The index of an image shard; the last one used is kept, as units are worked on in order."""
         if self._index is None or self._index[0] != shard:
-            name = manifest.index_name(shard)
-            data = _read_checked(self.storage, name, self.images[shard].sha256)
+            name = naming.index_name(shard)
+            data = read_checked(self.storage, name, self.images[shard].sha256)
             self._index = shard, arrow.read_index(data, where=f"{self.url}/{name}")[0]
         return self._index[1]
 
     def _receipt(self, unit: int) -> Receipt:
-        name = manifest.receipt_name(unit)
+        name = naming.receipt_name(unit)
         data = self.storage.read(name)
         return manifest.parse_receipt(data, unit=unit, fingerprint=self.spec.fingerprint, where=f"{self.url}/{name}")
 
 
+def _unit(entry: dict[str, Any]) -> Unit:
+    return Unit(**{name: entry[name] for name in _UNIT_FIELDS})
+
+
+def _indexed_shard(entry: dict[str, Any]) -> IndexedShard:
+    return IndexedShard(**entry)
+
+
 class _FinishedMeanwhileError(Exception):
     """Another writer has finished a unit first."""
-
-
-def _read_checked(storage: Storage, name: str, sha256: str | None) -> bytes:
-    """A file with this hash. The bytes that are hashed are the bytes that are used."""
-    where = f"{storage.url}/{name}"
-    data = manifest.read_or_none(storage, name)
-    if data is None:
-        raise StoreDamagedError("every file of a store is there", actual="no such file", where=where)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise StoreDamagedError(
-            "a file of a store has the bytes that were written",
-            actual="another SHA-256",
-            where=where,
-            fix="`kddata verify` lists all damage; restore the file from a copy, or label again",
-        )
-    return data
 
 
 def _require_sha256(found: str, wanted: str | None, *, where: str) -> None:
@@ -669,4 +695,4 @@ def _require_names(shards: Sequence[IndexedShard], names: Sequence[str] | None, 
 
 def _numbers(names: Iterable[str]) -> Iterator[int]:
     """Of files named by a number, such as labels/000012.arrow; temporary files have none."""
-    return (int(match[1]) for name in names if (match := re.search(r"/(\d+)\.(?:arrow|json)$", name)))
+    return (int(match[1]) for name in names if (match := re.search(r"/(\d+)\.(?:arrow|json|tar)$", name)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from kddata.errors import StoreDamagedError, StoreVersionError
-from kddata.store import manifest
-from kddata.store.sealing import seal
-from kddata.store.storage import Storage, open_storage
+from kddata.store import manifest, naming
+from kddata.store.entries import Entries, numbers, texts
+from kddata.store.storage import Storage, open_storage, read_or_none
 
 _MANIFEST = re.compile(r"manifest-(\d{6})(?:\.copy)?\.json$")
 
@@ -31,8 +32,8 @@ def verify_store(url: str) -> list[Problem]:
 def find_problems(storage: Storage) -> list[Problem]:
     """All problems of a store, by file; an empty list says that every byte is the one that was written.
 
-    Files are judged by the newest manifest, or by its copy where that is damaged. Where both are, they are the only
-    problems listed, as nothing else can be judged without them.
+    Files are judged by the newest manifest and its parts, or by their copies where those are damaged. Where both are,
+    they are the only problems listed, as nothing else can be judged without them.
     Raises StoreMissingError where there is no committed store.
     """
     found = storage.sizes()
@@ -43,43 +44,64 @@ def find_problems(storage: Storage) -> list[Problem]:
         return [Problem(file=name, reason=str(error))]
     if committed is None:
         return problems
-    wanted = wanted_files(committed)
+    try:
+        wanted = wanted_files(committed)
+    except StoreDamagedError as error:  # neither a part nor its copy
+        checked = (_problem(storage, found, part, None, sha256) for part, sha256 in _parts(committed))
+        problems += [problem for problem in checked if problem is not None]
+        return sorted(problems or [Problem(file=name, reason=str(error))], key=lambda problem: problem.file)
     named = {problem.file for problem in problems}
     problems += [Problem(file=name, reason="extra: no part of the store") for name in found if name not in wanted]
     for name, (num_bytes, sha256) in wanted.items():
-        if name in named:
-            continue
-        if name not in found:
-            problems.append(Problem(file=name, reason="missing"))
-        elif num_bytes is not None and found[name] != num_bytes:
-            problems.append(Problem(file=name, reason=f"has {found[name]} bytes instead of {num_bytes}"))
-        else:
-            try:
-                other = sha256 is not None and _sha256(storage, name) != sha256
-            except OSError as error:  # gone meanwhile, a folder of that name, or not to be read
-                problems.append(Problem(file=name, reason=f"cannot be read: {error}"))
-            else:
-                if other:
-                    reason = "its bytes differ from those that were written (SHA-256)"
-                    problems.append(Problem(file=name, reason=reason))
+        if name not in named and (problem := _problem(storage, found, name, num_bytes, sha256)) is not None:
+            problems.append(problem)
     for key in ("rows", "bytes"):
-        total, units = committed["totals"][key], sum(unit[key] for unit in committed["units"])
+        total, units = committed["totals"][key], int(numbers(committed["units"], key).sum())
         if total != units:
-            problems.append(Problem(file=manifest.MANIFEST, reason=f"counts {total} {key}, its units {units}"))
+            problems.append(Problem(file=naming.MANIFEST, reason=f"counts {total} {key}, its units {units}"))
     return sorted(problems, key=lambda problem: problem.file)
 
 
+def _problem(
+    storage: Storage, found: dict[str, int], name: str, num_bytes: int | None, sha256: str | None
+) -> Problem | None:
+    """What is wrong with a file, where that many bytes and that hash were written."""
+    if name not in found:
+        return Problem(file=name, reason="missing")
+    if num_bytes is not None and found[name] != num_bytes:
+        return Problem(file=name, reason=f"has {found[name]} bytes instead of {num_bytes}")
+    try:
+        if sha256 is None or _sha256(storage, name) == sha256:
+            return None
+    except OSError as error:  # gone meanwhile, a folder of that name, or not to be read
+        return Problem(file=name, reason=f"cannot be read: {error}")
+    return Problem(file=name, reason="its bytes differ from those that were written (SHA-256)")
+
+
+def _parts(committed: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, SHA-256) of the parts of a manifest and of their copies."""
+    for key in ("image_shards", "units"):
+        if isinstance(committed[key], Entries):
+            for part in committed[key].parts:
+                yield part.file, part.sha256
+                yield naming.twin(part.file), part.sha256
+
+
 def wanted_files(committed: dict[str, Any]) -> dict[str, tuple[int | None, str | None]]:
-    """(bytes, SHA-256) of every file of a store, by name, where its newest manifest knows them."""
-    name = manifest.manifest_name(committed["generation"])
+    """(bytes, SHA-256) of every file of a store, by name, where its newest manifest knows them.
+
+    Raises StoreDamagedError for parts of it that are damaged.
+    """
+    name = naming.manifest_name(committed["generation"])
     wanted: dict[str, tuple[int | None, str | None]] = {name: (None, None)}
     for older, sha256 in committed["files"].items():
         wanted[older] = (None, sha256)
         if older.startswith("manifest-"):
-            wanted[manifest.twin(older)] = (None, sha256)
-    wanted[manifest.twin(name)] = (None, hashlib.sha256(seal(committed)).hexdigest())
-    for number, shard in enumerate(committed["image_shards"]):
-        wanted[manifest.index_name(number)] = (None, shard["sha256"])
+            wanted[naming.twin(older)] = (None, sha256)
+    wanted[naming.twin(name)] = (None, None)
+    wanted |= {part: (None, sha256) for part, sha256 in _parts(committed)}
+    for number, sha256 in enumerate(texts(committed["image_shards"], "sha256")):
+        wanted[naming.index_name(number)] = (None, sha256)
     for unit in committed["units"]:
         wanted[unit["file"]] = (unit["bytes"], unit["sha256"])
     return wanted
@@ -89,30 +111,33 @@ def _newest(storage: Storage, found: dict[str, int]) -> str:
     """The name of the newest manifest that there is or should be. Raises StoreMissingError."""
     generations = sorted({int(match[1]) for name in found if (match := _MANIFEST.match(name))})
     if generations:
-        name = manifest.manifest_name(generations[-1])
-        under_way = manifest.extension_name(generations[-1]) in found or any(x.startswith("receipts/") for x in found)
+        name = naming.manifest_name(generations[-1])
+        under_way = naming.extension_name(generations[-1]) in found or any(x.startswith("receipts/") for x in found)
         if name in found or not under_way:
             return name
         if generations[-1] > 1:  # a commit that died between the copy and the manifest
-            return manifest.manifest_name(generations[-1] - 1)
+            return naming.manifest_name(generations[-1] - 1)
     manifest.load(storage)
-    return manifest.MANIFEST
+    return naming.MANIFEST
 
 
 def _authority(storage: Storage, name: str, found: dict[str, int]) -> tuple[dict[str, Any] | None, list[Problem]]:
     """The content of a manifest, out of it or its copy, and what is wrong with these two."""
-    committed, problems = None, []
-    for one in (name, manifest.twin(name)):
-        data = manifest.read_or_none(storage, one)
+    committed, judge, problems = None, b"", []
+    for one in (name, naming.twin(name)):
+        data = read_or_none(storage, one)
         if data is None:
             problems.append(Problem(file=one, reason="missing"))
             continue
         try:
-            content = manifest.parse(data, name=one, where=f"{storage.url}/{one}")
+            content = manifest.parse(storage, data, name=one, salvage=True)
         except StoreDamagedError as error:
             problems.append(Problem(file=one, reason=str(error)))
             continue
-        committed = committed or content
+        if committed is None:
+            committed, judge = content, data
+        elif data != judge:
+            problems.append(Problem(file=one, reason=f"is no copy of {name}"))
     return committed, problems
 
 

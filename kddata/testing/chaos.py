@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 
 from kddata import rng
 from kddata.errors import KddataError
 from kddata.labelling import LabellingJob, label_store
-from kddata.store import open_storage
+from kddata.store import entries, open_storage
 from kddata.store.steps import faults
 from kddata.testing import fake_teacher_args
 from kddata.views import ViewPlan
@@ -49,12 +50,18 @@ class SmallRun:
     Attributes:
         images: as `make_images` gives them.
         unit_images: images of a unit.
+        parts: whether its manifest keeps units and image shards in parts.
     """
 
     images: str
     unit_images: int = 2
+    parts: bool = False
 
     def __call__(self, url: str) -> None:
+        with mock.patch.object(entries, "INLINE_MOST", 0 if self.parts else entries.INLINE_MOST):
+            self._label(url)
+
+    def _label(self, url: str) -> None:
         job = LabellingJob(
             images=self.images,
             store=url,

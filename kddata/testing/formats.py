@@ -23,7 +23,7 @@ from kddata.errors import StoreDamagedError, StoreVersionError
 from kddata.store import LabelRows, LabelStore, Unit
 from kddata.store.columns import batch_rows, decode, encode, rebatch
 from kddata.store.formats import FORMATS, read_labels, write_labels
-from kddata.store.manifest import labels_name
+from kddata.store.naming import labels_name
 from kddata.store.rows import objects
 from kddata.store.steps import HashingWriter
 from kddata.testing import begin_small_store, made_up_image, made_up_rows, small_spec, small_store

@@ -22,6 +22,7 @@ from kddata.losses import Method
 from kddata.reader import open_images, order_of
 from kddata.replay import choice_of
 from kddata.store import LabelStore, choose, require_members
+from kddata.store.entries import texts
 from kddata.training.job import TrainingJob
 
 _ADDED: tuple[tuple[str, str, object], ...] = (  # that former runs did not have, and what stands for absence
@@ -220,7 +221,7 @@ def ensemble_of(job: TrainingJob, stores: Sequence[LabelStore]) -> dict[str, Any
 def content_sha256(store: LabelStore) -> str:
     """Hex SHA-256 of what a store holds, wherever it lies: its spec and the hashes of its label shards."""
     assert store.manifest is not None
-    content = [store.spec.fingerprint, [unit["sha256"] for unit in store.manifest["units"]]]
+    content = [store.spec.fingerprint, texts(store.manifest["units"], "sha256")]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,8 @@ from kddata.errors import KddataError
 from kddata.images.decode import decode
 from kddata.images.opening import open_source
 from kddata.replay import loader
-from kddata.store import LabelStore
-from kddata.store.manifest import MANIFEST, twin
+from kddata.store import LabelStore, entries
+from kddata.store.naming import MANIFEST, twin
 from kddata.store.sealing import seal, unseal
 from kddata.teacher import build_network
 from kddata.testing import make_store
@@ -225,6 +226,31 @@ def stores() -> Iterator[tuple[str, str, Case]]:
     }
     for name, change in hostile.items():
         yield name, "refused", lambda f, c=change: tampered(f, c)
+
+    def part(**changes: object) -> Callable[[dict], None]:
+        return lambda content: content["parts"]["units"][0].update(changes)
+
+    for name, change in {
+        "part above the store": part(file="../../secret"),
+        "part of another generation": part(file="units-000002.arrow"),
+        "part without a hash": part(sha256=None),
+        "part of more units": part(entries=10**6),
+        "part of other units": part(file="images-000001.arrow"),
+        "a part twice": lambda content: content["parts"]["units"].extend(content["parts"]["units"]),
+        "parts of text": lambda content: content["parts"].update(units="x"),
+        "parts of units alone": lambda content: content["parts"].pop("image_shards"),
+        "parts of nothing": top(parts=[]),
+    }.items():
+        yield name, "refused", lambda f, c=change: tampered_parts(f, c)
+    for column, value in {
+        "number": 1,
+        "shard": 10**6,
+        "start": 10**9,
+        "view_stop": 10**18,
+        "rows": -1,
+        "sha256": bytes(32),
+    }.items():
+        yield f"{column} {value} in a part", "refused", lambda f, c=column, v=value: other_part(f, {c: v})
     for name, data in (
         ("200,000 brackets", b"[" * 200_000),
         ("a pickle", pickle.dumps(Canary())),
@@ -281,6 +307,37 @@ def tampered(folder: Path, change: Callable[[dict], object], *, read: bool = Tru
     _, content = a_store(folder)
     change(content)
     manifest_of(folder, seal(content), read=read)
+
+
+def in_parts(folder: Path) -> tuple[Path, dict]:
+    """Like `a_store`, of a store whose manifest has parts."""
+    with mock.patch.object(entries, "INLINE_MOST", 0):
+        return a_store(folder / "parts")
+
+
+def tampered_parts(folder: Path, change: Callable[[dict], object]) -> None:
+    """Opens and reads a store whose manifest says something else of its parts."""
+    labels, content = in_parts(folder)
+    shutil.copy(labels / content["parts"]["units"][0]["file"], labels / "../../secret")  # sound, but not a store's
+    change(content)
+    for name in (MANIFEST, twin(MANIFEST)):
+        (labels / name).write_bytes(seal(content))
+    LabelStore.open(str(labels)).read(0)
+
+
+def other_part(folder: Path, changes: dict[str, object]) -> None:
+    """Opens and reads a store whose part says something else of the first unit, under the hash that it then has."""
+    labels, content = in_parts(folder)
+    path = labels / content["parts"]["units"][0]["file"]
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    rows = table.to_pylist()
+    rows[0] |= changes
+    with pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+    content["parts"]["units"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in (MANIFEST, twin(MANIFEST)):
+        (labels / name).write_bytes(seal(content))
+    LabelStore.open(str(labels)).read(0)
 
 
 def manifest_of(folder: Path, data: bytes, *, read: bool = True) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kddata import errors
 from kddata.store import LabelStore, Problem, open_storage, verify_store
-from kddata.store.manifest import MANIFEST, labels_name, receipt_name
+from kddata.store.naming import MANIFEST, labels_name, receipt_name
 from kddata.store.sealing import seal, unseal
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 
@@ -128,7 +128,7 @@ def test_a_store_gives_back_what_was_written(url):
             unit, [wanted[unit.number].take(slice(0, 1)), wanted[unit.number].take(slice(1, 99))]
         )
         assert (receipt.unit, receipt.rows) == (unit.number, len(wanted[unit.number]))
-    assert set(store.finished()) == set(wanted)
+    assert {receipt.unit for receipt in store.receipts()} == set(wanted)
     manifest = store.commit()
     opened = pickle.loads(pickle.dumps(LabelStore.open(url)))
     assert opened.manifest == manifest
@@ -169,7 +169,7 @@ def test_labelling_goes_on_where_receipts_end(url, done):
     if done == 7:  # the writer died after the manifest and before its receipts were gone
         store.storage.create(receipt_name(0), b"left behind")
     again = begin_small_store(url)
-    finished = again.finished() if again.manifest is None else {}
+    finished = {x.unit: x for x in again.receipts()} if again.manifest is None else {}
     assert sorted(finished) == (list(range(done)) if done < 6 else [])
     for unit in again.units() if again.manifest is None else []:
         if unit.number not in finished:
@@ -194,7 +194,7 @@ def test_committing_twice_changes_nothing_and_a_committed_store_takes_no_more(ur
     before = _contents(url)
     assert begin_small_store(url).commit() == store.commit() == store.manifest
     assert _contents(url) == before
-    assert store.finished() == {}
+    assert list(store.receipts()) == []
     with pytest.raises(errors.StoreError, match="a committed store does not change"):
         _write(store, store.units()[0])
     with pytest.raises(errors.StoreError, match="images are indexed before the first unit"):
@@ -281,7 +281,7 @@ def test_an_extension_is_a_new_generation_beside_the_old_files(url):
     ]
     _write(store, store.units()[1])
     store = pickle.loads(pickle.dumps(extending()))  # in another process, after a stop
-    assert sorted(store.finished()) == [7]
+    assert [receipt.unit for receipt in store.receipts()] == [7]
     assert LabelStore.open(url).num_rows == 27, "readers see the former generation until the next is whole"
     with pytest.raises(errors.StoreMismatchError, match="views_per_image: stored 4, asked 5"):
         extending(5)
@@ -349,11 +349,11 @@ def test_a_newer_format_is_refused(url):
     small_store(url)
     storage = open_storage(url)
     for name in ("store.json", MANIFEST):
-        newer = seal({**unseal(storage.read(name), where=""), "format_version": 2, "new": "thing"})
+        newer = seal({**unseal(storage.read(name), where=""), "format_version": 3, "new": "thing"})
         storage.remove(name)
         storage.create(name, newer)
     for call in (LabelStore.open, begin_small_store):
-        with pytest.raises(errors.StoreVersionError, match=r"versions up to 1; got version 2.*upgrade kddata"):
+        with pytest.raises(errors.StoreVersionError, match=r"versions up to 2; got version 3.*upgrade kddata"):
             call(url)
     assert [problem.file for problem in verify_store(url)] == [MANIFEST]
 

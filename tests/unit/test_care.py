@@ -25,7 +25,7 @@ from kddata.errors import (
 from kddata.images import open_source
 from kddata.labelling import LabellingJob, label_store, label_unit, load_job_teacher, prepare
 from kddata.labels import SoftLabels
-from kddata.store import LabelStore, driving, manifest, verify_store
+from kddata.store import LabelStore, driving, entries, manifest, naming, verify_store
 from kddata.testing import encode, fake_teacher_args, make_images, small_image, write_tar
 from kddata.views import ViewPlan
 
@@ -71,9 +71,16 @@ def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-@pytest.fixture
-def store(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "store"))
+@pytest.fixture(params=["listed", "parts"])
+def store(
+    request: pytest.FixtureRequest, images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A finished store, whose manifest lists its units, or keeps them in a part."""
+    if request.param == "listed":
+        return Path(shutil.copytree(finished, tmp_path / "store"))
+    monkeypatch.setattr(entries, "INLINE_MOST", 0)
+    label_store(job(images, tmp_path / "store"))
+    return tmp_path / "store"
 
 
 def flip(path: Path) -> None:
@@ -112,7 +119,7 @@ def test_every_file_of_a_store_is_repaired_to_its_bytes(images: Path, store: Pat
 
 def test_much_damage_at_once_is_repaired_and_sound_files_are_not_touched(images: Path, store: Path) -> None:
     whole = contents(store)
-    damaged = [manifest.MANIFEST, "store.json", "images.json", "index/00001.arrow", "index/00004.arrow"]
+    damaged = [naming.MANIFEST, "store.json", "images.json", "index/00001.arrow", "index/00004.arrow"]
     damaged += ["labels/000000.arrow", "labels/000008.arrow", "labels/000009.arrow"]
     before = {name: (store / name).stat().st_ino for name in whole if name not in damaged}
     for i, name in enumerate(damaged):
@@ -190,8 +197,8 @@ def test_other_images_under_the_same_names_repair_nothing(images: Path, store: P
 
 
 def test_with_both_manifests_damaged_repair_says_that_a_backup_is_needed(images: Path, store: Path) -> None:
-    flip(store / manifest.MANIFEST)
-    flip(store / manifest.twin(manifest.MANIFEST))
+    flip(store / naming.MANIFEST)
+    flip(store / naming.twin(naming.MANIFEST))
     with pytest.raises(StoreDamagedError, match=r"a manifest or its copy is sound.*backup"):
         repair(job(images, store))
 
@@ -227,7 +234,7 @@ def test_strays_are_listed_and_then_removed(store: Path) -> None:
 
 
 def test_garbage_of_a_store_under_a_damaged_manifest_is_not_judged(store: Path) -> None:
-    flip(store / manifest.MANIFEST)
+    flip(store / naming.MANIFEST)
     before = contents(store)
     with pytest.raises(StoreDamagedError):
         collect_garbage(str(store))
@@ -261,7 +268,7 @@ def same_but_for_sums(one: Path, other: Path) -> None:
     mine, theirs = contents(one), contents(other)
     assert mine.keys() == theirs.keys()
     differing = {name for name in mine if mine[name] != theirs[name]}
-    assert differing <= {manifest.MANIFEST, manifest.twin(manifest.MANIFEST)}
+    assert differing <= {naming.MANIFEST, naming.twin(naming.MANIFEST)}
     a, b = (LabelStore.open(str(root)).manifest for root in (one, other))
     assert a is not None
     assert b is not None

@@ -8,7 +8,7 @@ import pytest
 from kddata import errors
 from kddata.care import convert
 from kddata.reader import open_images
-from kddata.store import LabelStore, manifest
+from kddata.store import LabelStore, naming
 from kddata.testing import begin_small_store, made_up_rows, make_store, small_spec, small_store
 from kddata.views import ViewPlan
 
@@ -58,7 +58,7 @@ def test_images_go_beside_the_labels_and_away_again(tmp_path):
     beside = convert(store, str(tmp_path / "beside"), format="tar+images")
     source = open_images(store)
     for unit in store.units():
-        rows, shard = store.read(unit.number), beside.storage.read(manifest.labels_name(unit.number, "tar"))
+        rows, shard = store.read(unit.number), beside.storage.read(naming.labels_name(unit.number, "tar"))
         for _, data in source.stream(store.images[unit.shard].name, source.scan(store.images[unit.shard].name)[1]):
             assert data in shard or unit.start > 0 or len(rows) < len(store.image_ids(unit.shard))
     assert _contents(convert(beside, str(tmp_path / "back"), format="arrow")) == _contents(store)

@@ -11,9 +11,9 @@ import pytest
 from kddata import rng
 from kddata.cards import Format
 from kddata.errors import StoreDamagedError, StoreMissingError, StoreVersionError
-from kddata.store import LabelStore, verify_store
+from kddata.store import LabelStore, entries, verify_store
 from kddata.store.formats import FORMATS
-from kddata.store.manifest import MANIFEST, twin
+from kddata.store.naming import MANIFEST, twin
 from kddata.store.storage import Storage
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 
@@ -25,9 +25,12 @@ def store() -> LabelStore:
     return small_store(f"memory://{uuid.uuid4().hex}")
 
 
-@pytest.fixture(params=["arrow", "tar"])
-def any_store(request: pytest.FixtureRequest) -> LabelStore:
-    spec = dataclasses.replace(small_spec(), format=request.param)
+@pytest.fixture(params=["arrow", "tar", "arrow, in parts"])
+def any_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LabelStore:
+    format, _, parts = request.param.partition(", ")
+    spec = dataclasses.replace(small_spec(), format=format)
+    if parts:
+        monkeypatch.setattr(entries, "INLINE_MOST", 0)
     return small_store(f"memory://{uuid.uuid4().hex}", spec=spec)
 
 
@@ -40,9 +43,12 @@ def files(problems: list) -> list[str]:
     return [problem.file for problem in problems]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_two_thousand_flipped_bits_are_all_found_and_named(format: Format) -> None:
+@pytest.mark.parametrize(("format", "inline_most"), [*((format, 512) for format in FORMATS), ("arrow", 0)])
+def test_two_thousand_flipped_bits_are_all_found_and_named(
+    format: Format, inline_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Places are even over files, then over bytes, so that small files are hit as often as large ones."""
+    monkeypatch.setattr(entries, "INLINE_MOST", inline_most)
     spec = dataclasses.replace(small_spec(), format=format)
     store = small_store(f"memory://{uuid.uuid4().hex}", spec=spec)
     storage = store.storage
@@ -185,7 +191,12 @@ def extend_views(store: LabelStore, *, views_per_image: int = 5) -> LabelStore:
     return extended
 
 
-def test_rows_of_an_extended_store_are_those_of_a_store_begun_larger(store: LabelStore) -> None:
+@pytest.mark.parametrize("inline_most", [512, 0])
+def test_rows_of_an_extended_store_are_those_of_a_store_begun_larger(
+    store: LabelStore, inline_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the manifest lists its units, and its next ones have them in parts."""
+    monkeypatch.setattr(entries, "INLINE_MOST", inline_most)
     before = {name: store.storage.read(name) for name in store.storage.sizes()}
     extended = extend_views(store, views_per_image=5)
     assert (extended.manifest or {})["generation"] == 2

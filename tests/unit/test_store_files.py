@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from kddata import errors
-from kddata.store import LabelRows, LabelStore, manifest, open_storage
+from kddata.store import LabelRows, LabelStore, manifest, naming, open_storage
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 
 
@@ -56,7 +56,7 @@ def test_a_shard_says_what_it_belongs_to(tmp_path):
 def test_opening_reads_the_manifest_alone(tmp_path):
     store = small_store(str(tmp_path / "labels"))
     for path in sorted((tmp_path / "labels").rglob("*"), reverse=True):
-        if path.name != manifest.MANIFEST:
+        if path.name != naming.MANIFEST:
             path.rmdir() if path.is_dir() else path.unlink()
     opened = LabelStore.open(str(tmp_path / "labels"))
     assert list(opened.units()) == list(store.units())
@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(errors.StoreError, match=r"disk has room; got No space left.*free some space"):
             store.write_unit(store.units()[0], [made_up_rows(store, store.units()[0])])
-    assert store.finished() == {}
+    assert list(store.receipts()) == []
     assert not any(path.name.startswith((".tmp", "0000")) for path in (tmp_path / "labels/labels").iterdir())
 
 
@@ -153,7 +153,7 @@ def test_half_written_files_of_dead_writers_are_swept_at_the_commit(tmp_path):
         store.write_unit(unit, [made_up_rows(store, unit)])
     for folder in ("", "labels", "receipts"):
         (tmp_path / "labels" / folder / ".tmp-0123456789abcdef").write_bytes(b"half")
-    assert sorted(begin_small_store(store.url).finished()) == [0, 1, 2, 3, 4, 5]
+    assert [receipt.unit for receipt in begin_small_store(store.url).receipts()] == [0, 1, 2, 3, 4, 5]
     store.commit()
     assert store.verify() == []
     assert not (tmp_path / "labels/receipts").exists()

@@ -167,7 +167,7 @@ def test_a_writer_that_wakes_after_its_unit_was_reissued_harms_nothing(url: str)
         yield rows.take(slice(1, None))
 
     receipt = store.write_unit(first, asleep_while([0], first))
-    assert receipt == begin_small_store(url).finished()[0]
+    assert receipt == next(begin_small_store(url).receipts())
     with pytest.raises(StoreBusyError, match="another driver has finished it"):
         store.write_unit(second, asleep_while(list(range(1, len(store.units()))), second))
     assert chaos.contents(url) == wanted

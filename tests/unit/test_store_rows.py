@@ -10,7 +10,7 @@ import torch
 from kddata import errors
 from kddata.labels import SoftLabels
 from kddata.store import LabelRows, LabelStore, codecs, columns, formats
-from kddata.store.manifest import labels_name
+from kddata.store.naming import labels_name
 from kddata.store.storage import HashingWriter
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 from kddata.views import View
@@ -44,7 +44,7 @@ def test_rows_that_are_not_the_units_are_refused_and_nothing_is_written(store, c
     unit = store.units()[0]
     with pytest.raises((errors.StoreError, errors.LabelError), match=message):
         store.write_unit(unit, [change(made_up_rows(store, unit))])
-    assert store.finished() == {}
+    assert list(store.receipts()) == []
     assert labels_name(0) not in store.storage.sizes()
 
 

@@ -271,7 +271,7 @@ def test_a_hostile_shard_with_the_right_hash_in_the_manifest_is_refused_too(memb
     """What an attacker who writes the whole store can do: the hashes fit, and the file is still not taken."""
     import hashlib
 
-    from kddata.store.manifest import MANIFEST, twin
+    from kddata.store.naming import MANIFEST, twin
     from kddata.store.sealing import seal, unseal
 
     store = small_store("memory://tar/attacker", spec=_spec())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kddata.labelling import each_missing_unit, missing_units
 from kddata.store import PlannedUnits, Unit
-from kddata.store.manifest import receipt_name
+from kddata.store.naming import receipt_name
 from kddata.testing import begin_small_store, made_up_rows, small_spec
 
 
