@@ -405,6 +405,7 @@ class EvaluationImages(Dataset[ImageBatch]):
 
     Attributes:
         num_labelled: how many images have ground truth.
+        highest_label: of these; -1 where there are none.
 
     Raises BadImageError for an image that cannot be read.
     """
@@ -420,10 +421,12 @@ class EvaluationImages(Dataset[ImageBatch]):
     ) -> None:
         self._source, self._size_px, self._interpolation = source, size_px, interpolation
         self._max_pixels = max_pixels
-        self._batches, self.num_labelled = [], 0
+        self._batches, self.num_labelled, self.highest_label = [], 0, -1
         for name in source.shard_names():
             _, refs = source.scan(name)
-            self.num_labelled += sum(ref.label is not None for ref in refs)
+            labels = [ref.label for ref in refs if ref.label is not None]
+            self.num_labelled += len(labels)
+            self.highest_label = max(self.highest_label, max(labels, default=-1))
             self._batches += [(name, refs[i : i + batch_size]) for i in range(0, len(refs), batch_size)]
 
     def __len__(self) -> int:

@@ -79,13 +79,7 @@ def teach(
     views = LabelledViews(
         open_source(job.images), plan=job.plan, size_px=job.size_px, batch_size=job.batch_size, seed=job.seed
     )
-    if views.highest_label >= job.network.num_classes:
-        raise ConfigError(
-            f"ground-truth classes are below the network's {job.network.num_classes}",
-            actual=f"class {views.highest_label}",
-            where=job.images,
-            fix="set teacher.num_classes to the number of classes of the images",
-        )
+    _require_classes(views.highest_label, job.network.num_classes, where=job.images)
     run = Run(job.run)
     fields = dataclasses.asdict(job)
     identity = {key: value for key, value in fields.items() if key not in ("images", "run", "evaluate")}
@@ -94,10 +88,12 @@ def teach(
     if done is not None:
         _log.info("%s has finished already; nothing is done", job.run)
         return done[0]
-    run.begin(identity | {"labels_sha256": views.labels_sha256})
+    # All that can be wrong is found before the name of the run is taken, and before hours of training.
+    judged_on = None if job.evaluate is None else _judged_on(job)
     torch.set_num_threads(threads)
     pixels_of = normaliser(job.mean, job.std, "cpu")
     network = build_student(job.network, size_px=job.size_px, seed=job.seed, pixels_of=pixels_of, device="cpu")
+    run.begin(identity | {"labels_sha256": views.labels_sha256})
     loss_S: list[float] = []
 
     def note(step: int, num_steps: int, loss: float) -> None:
@@ -115,10 +111,7 @@ def teach(
         report=note,
     )
     metrics: dict[str, Any] = {"loss": sum(loss_S[-views.steps_per_epoch :]) / views.steps_per_epoch}
-    if job.evaluate is not None:
-        judged_on = EvaluationImages(
-            open_source(job.evaluate), size_px=job.size_px, interpolation=job.plan.interpolation
-        )
+    if judged_on is not None:
         batches = step_loader(judged_on, range(len(judged_on)), num_workers=num_workers, pin_memory=False)
         metrics |= predict(network, batches, pixels_of).score().summary()
     card = {
@@ -134,3 +127,20 @@ def teach(
     card = json.loads(json.dumps(card))  # as it will be read back
     run.finish(network.state_dict(), card=card, metrics={"loss_S": loss_S, "epochs": [metrics]})
     return card
+
+
+def _judged_on(job: TeachingJob) -> EvaluationImages:
+    assert job.evaluate is not None
+    images = EvaluationImages(open_source(job.evaluate), size_px=job.size_px, interpolation=job.plan.interpolation)
+    _require_classes(images.highest_label, job.network.num_classes, where=job.evaluate)
+    return images
+
+
+def _require_classes(highest: int, num_classes: int, *, where: object) -> None:
+    if highest >= num_classes:
+        raise ConfigError(
+            f"ground-truth classes are below the network's {num_classes}",
+            actual=f"class {highest}",
+            where=where,
+            fix="set teacher.num_classes to the number of classes of the images",
+        )

@@ -20,7 +20,7 @@ from torch import nn
 
 from kddata import nets
 from kddata.config import LabelFile, TeachFile, TrainFile, label_job, load, teaching_job, train_job
-from kddata.errors import ConfigError, SourceError
+from kddata.errors import ConfigError, SourceError, TeacherError
 from kddata.labelling import label_store
 from kddata.teacher import build_network
 from kddata.testing import make_images
@@ -177,3 +177,23 @@ def test_a_teacher_is_taught_once_and_frozen_batchnorm_stays(tmp_path: Path) -> 
         teach(teaching_job(load(TeachFile, tmp_path / "teach.yaml", ["teacher.num_classes=3", "run.name=x"])))
     with pytest.raises(SourceError, match="one batch of images at least; got 16 images, batch_size 32"):
         teach(teaching_job(load(TeachFile, tmp_path / "teach.yaml", ["batch_size=32", "run.name=x"])))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        ("evaluate=nowhere.tar", SourceError, "nowhere.tar"),
+        ("evaluate={more}", ConfigError, "below the network's 4; got class 5 .*more"),
+        ("teacher.weights=nowhere.safetensors", TeacherError, "weights exist"),
+    ],
+)
+def test_what_is_wrong_is_found_before_a_run_begins(
+    tmp_path: Path, wrong: str, kind: type[Exception], message: str
+) -> None:
+    images = make_images(tmp_path / "images", num_images=8, num_classes=4, min_px=24, max_px=32)
+    more = make_images(tmp_path / "more", num_images=8, num_classes=6, min_px=24, max_px=32)
+    data = teach_file(images, tmp_path, "t", "teacher_net", 4, teacher={"size_px": 16}) | {"batch_size": 8}
+    job = teaching_job(load(TeachFile, write(tmp_path / "teach.yaml", data), [wrong.format(more=more)]))
+    with pytest.raises(kind, match=message):
+        teach(job, report=lambda *_: pytest.fail("it is not trained"))
+    assert not (tmp_path / "t").exists(), "the corrected command has the name for itself"
