@@ -99,6 +99,9 @@ def estimate_lines(found: Estimate, *, asks_gpu: bool) -> list[tuple[str, str]]:
     where = "a GPU" if found.device == "cuda" else "CPU"
     slow = ", although the job asks for GPUs: theirs will be another" if asks_gpu and found.device != "cuda" else ""
     some = "" if found.students == 1 else "s"
+    idle = (
+        f"; {found.units} unit{'s' * (found.units != 1)} can keep no more than {found.units} busy: lower units.images"
+    )
     return [
         (
             "images",
@@ -109,7 +112,11 @@ def estimate_lines(found: Estimate, *, asks_gpu: bool) -> list[tuple[str, str]]:
         ("units", f"{found.units:,}, and {found.files:,} files in all"),
         ("size", f"{_bytes(found.bytes)}, at {found.bytes_per_view:.1f} B a view ({found.probed_views} probed)"),
         ("speed", f"{found.views_per_s:,.0f} views/s for one teacher on this machine's {where}{slow}"),
-        ("time", f"{clock(found.hours * 3600)} with {found.teachers} such teacher{'s' * (found.teachers != 1)}"),
+        (
+            "time",
+            f"{clock(found.hours * 3600)} with {found.teachers} such teacher{'s' * (found.teachers != 1)}"
+            + idle * (found.units < found.teachers),
+        ),
         (
             "pays",
             f"from {found.students} student{some} on, against the teacher in the loop ({found.passes} "

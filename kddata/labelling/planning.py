@@ -39,7 +39,7 @@ class Estimate:
         bytes: of all label shards.
         views_per_s: labelled by one teacher process on this machine: read, decoded, cut, asked and written.
         teacher_views_per_s: of the teacher's forward pass alone.
-        hours: for all views, with `teachers` processes like the one of the probe.
+        hours: for all views, with `teachers` processes like the one of the probe; one unit is labelled by one of them.
         students: the least number of students for which labelling once is cheaper than the teacher in the loop, where
             each of them sees every view `passes` times.
     """
@@ -97,6 +97,7 @@ def estimate(
         unit_images=job.unit_images,
         unit_views=job.unit_views,
     )
+    largest = max(((unit.stop - unit.start) * unit.num_views for unit in units), default=0)
     teacher = load_job_teacher(job)
     bytes_per_view, views_per_s, probed = _probe(job, teacher, source, names[0], scanned[0], probe_views)
     forward = _teacher_views_per_s(job, teacher)
@@ -112,7 +113,7 @@ def estimate(
         views_per_s=views_per_s,
         teacher_views_per_s=forward,
         teachers=teachers,
-        hours=views / (views_per_s * teachers) / 3600,
+        hours=max(views / teachers, largest) / views_per_s / 3600,
         passes=passes,
         students=max(1, math.ceil(forward / (views_per_s * passes))),
         probed_views=probed,

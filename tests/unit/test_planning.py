@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kddata.cli import app
+from kddata.commands import estimate_lines
 from kddata.errors import ConfigError
 from kddata.labelling import LabellingJob, estimate, label_store
 from kddata.testing import fake_teacher_args, make_images
@@ -50,6 +51,17 @@ def test_bytes_are_those_of_a_unit_of_the_probe(job: LabellingJob) -> None:
     job = dataclasses.replace(job, images=str(shard), unit_images=1024, unit_views=None)
     found = estimate(job)
     assert found.bytes == label_store(job).store.info()["bytes"]
+
+
+def test_a_unit_keeps_one_teacher_busy(job: LabellingJob) -> None:
+    """Eight teachers for 14 images in two shards of seven: two units, so that six teachers have nothing to do."""
+    job = dataclasses.replace(job, unit_images=1024, unit_views=None)
+    found = estimate(job, teachers=8)
+    assert found.hours == pytest.approx(7 * 6 / found.views_per_s / 3600)
+    (time,) = (text for name, text in estimate_lines(found, asks_gpu=False) if name == "time")
+    assert time.endswith("with 8 such teachers; 2 units can keep no more than 2 busy: lower units.images")
+    (time,) = (text for name, text in estimate_lines(estimate(job, teachers=2), asks_gpu=False) if name == "time")
+    assert time.endswith("with 2 such teachers")
 
 
 def test_shards_beyond_the_first_few_are_taken_to_be_like_those_counted(job: LabellingJob) -> None:
