@@ -140,8 +140,10 @@ def teach(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
     """Trains the teacher of a teach job file in this process, and prints how well it learned. Raises KddataError."""
     file = load(TeachFile, path, overrides)
     job = teaching_job(file)
+    from kddata.training.run import Run
     from kddata.training.teach import teach
 
+    new = Run(job.run).result() is None
     with Bar(f"teaching {file.run.name}", unit="steps") as bar:
         card = teach(
             job,
@@ -149,7 +151,7 @@ def teach(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             num_workers=file.loader_processes,
             report=lambda step, num_steps, loss: bar.update(step, num_steps, note=f"loss {loss:.4f}"),
         )
-    _say_card(job.run, card, as_json=as_json)
+    _say_card(job.run, card, new=new, as_json=as_json)
 
 
 def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
@@ -157,8 +159,9 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
     file = load(TrainFile, path, overrides)
     job = train_job(file)
     from kddata.cluster import training
-    from kddata.training import Progress
+    from kddata.training import Progress, finished
 
+    new = finished(job) is None
     with Bar(f"training {file.run.name}", unit="steps") as bar:
 
         def show(now: Progress) -> None:
@@ -176,7 +179,7 @@ def train(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) ->
             trackers=file.trackers,
             on_progress=show,
         )
-    _say_card(job.run, result.card, as_json=as_json)
+    _say_card(job.run, result.card, new=new, as_json=as_json)
 
 
 def evaluate(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
@@ -223,13 +226,25 @@ def judgement_lines(found: Judgement) -> list[tuple[str, str]]:
     return lines
 
 
-def _say_card(run: str, card: Mapping[str, Any], *, as_json: bool) -> None:
-    """What a run came to: its card as JSON, or its metrics in a line."""
+def _say_card(run: str, card: Mapping[str, Any], *, new: bool, as_json: bool) -> None:
+    """What a run came to: its card as JSON, or what a person asks of it first, in a line."""
     if as_json:
         say(json.dumps({"run": run, **card}))
         return
-    metrics = [f"{name} {value:.4g}" for name, value in card["metrics"].items() if isinstance(value, float)]
-    say(f"{run}: {', '.join(metrics)}")
+    done = "" if new else " is finished already; nothing was done"
+    say(f"{run}{done}: {card_line(card['metrics'])}")
+
+
+def card_line(metrics: Mapping[str, Any]) -> str:
+    """What `kddata train` and `kddata teach` print of a card's metrics."""
+    forms = {
+        "top1": "top-1 {:.2%}",
+        "top5": "top-5 {:.2%}",
+        "nll": "loss {:.4f} nats",
+        "ece": "calibration error {:.4f}",
+        "loss": "training loss {:.4f}",
+    }
+    return ", ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
 
 
 def sweep(path: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:

@@ -198,7 +198,7 @@ def test_jobs_run_under_ray_job_submit(head: Head, work: Path) -> None:
     assert json.loads(line)["rows"] == 48
     trained = submit(head, work, "python", "train.py", "train.yaml", "cluster.workers=2")
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert f"{work}/runs/s1: loss " in trained.stdout
+    assert f"{work}/runs/s1: training loss " in trained.stdout
     assert (work / "runs" / "s1" / "model.safetensors").stat().st_size > 0
 
 

@@ -322,3 +322,20 @@ def test_a_wrong_job_file_ends_before_ray_is_imported(tmp_path: Path) -> None:
         done = call(command, tmp_path / "job.yaml")
         assert done.exit_code == 2
         assert "imagez: no such key; the nearest is images" in done.stderr
+
+
+def test_teach_says_how_well_it_was_learned_and_that_nothing_is_done_twice(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", num_images=16, num_classes=4, min_px=24, max_px=32)
+    file = tmp_path / "teach.yaml"
+    file.write_text(
+        f"images: {images}\nevaluate: {images}\nbatch_size: 8\n"
+        "teacher: {arch: 'python:kddata.nets:quick_resnet', num_classes: 4, size_px: 16}\n"
+        f"optimizer: {{lr: 0.05, epochs: 1}}\nrun: {{name: t, storage: {tmp_path}}}\n"
+    )
+    scores = r"top-1 \d+\.\d\d%, top-5 \d+\.\d\d%, loss \d\.\d{4} nats, calibration error 0\.\d{4}, "
+    scores += r"training loss \d\.\d{4}\n"
+    done = call("teach", file)
+    assert re.fullmatch(re.escape(f"{tmp_path}/t: ") + scores, done.stdout), done.stdout
+    again = call("teach", file)
+    assert again.stdout == done.stdout.replace("/t: ", "/t is finished already; nothing was done: ")
+    assert json.loads(call("teach", file, "--json").stdout)["run"] == f"{tmp_path}/t"
