@@ -60,6 +60,7 @@ def judged_student(file: EvaluateFile) -> TrainedStudent:
         raise ConfigError(
             "an evaluate job names run, with arch where that is code, or student",
             actual=" and ".join(named + ["arch"] * (file.arch is not None)) or "none of them",
+            fix="set what is not meant to null, such as student=null",
         )
     if student is None:
         assert file.run is not None

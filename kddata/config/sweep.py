@@ -99,7 +99,7 @@ def sweep_trials(file: SweepFile) -> list[SweepTrial]:
                 "a trial of a sweep trains in one worker",
                 actual=f"cluster.workers {train.cluster.workers}",
                 where=where,
-                fix="set cluster.workers: 1; trials run side by side",
+                fix="set cluster.workers: 1 there, or cluster.workers: [1] in the grid; trials run side by side",
             )
         trials[name] = SweepTrial(name=name, values=values, file=train)
     return list(trials.values())

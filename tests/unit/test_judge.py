@@ -119,4 +119,5 @@ def test_what_cannot_be_judged_is_refused(root: Path, tmp_path: Path) -> None:
     done = call(tmp_path / "job.yaml")
     assert done.exit_code == 2
     assert "names run, with arch where that is code, or student; got none of them" in done.stderr
+    assert "Next: set what is not meant to null, such as student=null" in done.stderr
     assert "code that a card names is not run" in call(tmp_path / "job.yaml", f"run={root}/run").stderr
