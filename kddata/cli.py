@@ -217,6 +217,7 @@ def predict(
     kddata predict runs/s1 shards/{00000..00003}.tar --top 1 --json
     """
     from kddata.config.label import read_class_names
+    from kddata.picture import class_name
     from kddata.training import classify
 
     names = None if class_names is None else read_class_names(class_names)
@@ -228,7 +229,7 @@ def predict(
             commands.say(json.dumps(found._asdict()))
             continue
         said = zip(found.classes, found.probabilities, strict=True)
-        text = "  ".join(f"{c if names is None or c >= len(names) else names[c]} {p:.1%}" for c, p in said)
+        text = "  ".join(f"{class_name(c, names)} {p:.1%}" for c, p in said)
         commands.say(f"{found.image_id}  {text}")
     if known and not as_json:
         commands.say(f"top-1 {right / known:.2%} of {known:,} images with ground truth")
@@ -474,6 +475,7 @@ def export(
 @command
 def audit(
     store: Store,
+    overrides: Overrides = None,
     job: Annotated[str | None, typer.Option(help="job file whose teacher is asked again")] = None,
     views: Annotated[int, typer.Option(min=1, help="most stored views to ask about")] = 256,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
@@ -494,6 +496,7 @@ def audit(
     \b
     kddata audit out/labels
     kddata audit out/labels --job jobs/configs/label.yaml --views 1000 --min-accuracy 0.6
+    kddata audit out/labels --job jobs/configs/label.yaml teacher.weights=teacher.safetensors
     """
     import dataclasses
 
@@ -503,8 +506,12 @@ def audit(
     from kddata.labelling import load_job_teacher
     from kddata.store import LabelStore
 
+    if overrides and job is None:
+        raise ConfigError(
+            "overrides replace values of a job file", actual=" ".join(overrides), fix="name the file with --job"
+        )
     opened = LabelStore.open(store)
-    teacher = None if job is None else load_job_teacher(label_job(load(LabelFile, job)))
+    teacher = None if job is None else load_job_teacher(label_job(load(LabelFile, job, overrides or ())))
     found = care.audit(
         opened,
         teacher,
@@ -582,7 +589,12 @@ def show(
     opened = LabelStore.open(store)
     rows, png = stored_views(opened, image, most=most), io.BytesIO()
     draw_views(png, opened, rows, images=images, class_names=names)
-    out.write_bytes(png.getvalue())
+    try:
+        out.write_bytes(png.getvalue())
+    except OSError as error:
+        raise ConfigError(
+            "a picture goes into a folder that is there", actual=error, where=out, fix="name another file with --out"
+        ) from error
     commands.say(f"{out}: {len(rows)} of {opened.views_per_image} views of {image}")
 
 

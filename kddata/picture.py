@@ -24,6 +24,7 @@ _TOP = 3
 _TILE_INCHES = 2.6
 _LINE_INCHES = 0.2
 _LINE_CHARACTERS = 34
+_NAME_CHARACTERS = 24
 
 
 class _Form(TypedDict):
@@ -133,6 +134,10 @@ def _show(tile, pixels_u8_3HW: Tensor) -> None:  # type: ignore[no-untyped-def]
     tile.imshow(pixels_u8_3HW.permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
+def class_name(class_id: int, names: Sequence[str] | None) -> str:
+    """How people call a class: its name where there is one, of a line of several columns the last; else its number."""
+    return str(class_id) if names is None or class_id >= len(names) else names[class_id].split("\t")[-1]
+
+
 def _name(class_id: int, names: Sequence[str] | None) -> str:
-    """How a class is called; of a line of several columns, the last."""
-    return str(class_id) if names is None or class_id >= len(names) else names[class_id].split("\t")[-1][:24]
+    return class_name(class_id, names)[:_NAME_CHARACTERS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,10 @@ def test_a_student_says_what_it_said_when_it_was_judged(run) -> None:
 
 def test_the_command_prints_names_or_json(run, tmp_path: Path) -> None:
     folder, images, card = run
-    (tmp_path / "names.txt").write_text("cat\ndog\nowl\neel\n")
+    (tmp_path / "names.txt").write_text("0\tcat\n1\tdog\n2\towl\n3\teel\n")
     text = call(folder, images, "--arch", ARCH, "--top", 1, "--class-names", tmp_path / "names.txt").stdout
     assert text.splitlines()[-1] == f"top-1 {card['metrics']['top1']:.2%} of 10 images with ground truth"
-    assert any(name in text for name in ("cat ", "dog ", "owl ", "eel "))
+    assert all(re.fullmatch(r"\S+  (cat|dog|owl|eel) \d+\.\d%", line) for line in text.splitlines()[:-1]), text
     lines = call(folder, images, "--arch", ARCH, "--json").stdout.splitlines()
     assert [len(json.loads(line)["classes"]) for line in lines] == [CLASSES] * 10
 

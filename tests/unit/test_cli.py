@@ -230,8 +230,10 @@ def test_audit_passes_and_fails_by_thresholds(cared: tuple[Path, Path]) -> None:
     failed = call("audit", copy, "--max-bad", 0.01, "--min-accuracy", 1)
     assert failed.exit_code == 5
     assert "1 of 13 images are bad, more than 0.01 of them" in failed.stderr
-    file.write_text(file.read_text().replace("std: [1, 1, 1]", "std: [2, 1, 1]"))
-    assert "teacher.std is (2.0, 1.0, 1.0), in the store" in call("audit", copy, "--job", file).stderr
+    other = call("audit", copy, "--job", file, "teacher.std=[2, 1, 1]")
+    assert "teacher.std is (2.0, 1.0, 1.0), in the store" in other.stderr
+    aimless = call("audit", copy, "teacher.std=[2, 1, 1]")
+    assert (aimless.exit_code, aimless.stderr.count("Next: name the file with --job")) == (2, 1)
 
 
 def test_show_draws_a_picture_of_the_views(store: Path, tmp_path: Path) -> None:
@@ -273,6 +275,8 @@ def test_show_names_what_is_not_there(store: Path, tmp_path: Path) -> None:
     assert "ids look like 'image-00000'" in unknown.stderr
     assert "'broken', which could not be used: " in call("show", store, "broken", "--out", tmp_path / "a.png").stderr
     assert not (tmp_path / "a.png").exists()
+    nowhere = call("show", store, "image-00003", "--out", tmp_path / "no" / "folder" / "a.png")
+    assert (nowhere.exit_code, nowhere.stderr.count("a picture goes into a folder that is there")) == (2, 1)
 
 
 def test_show_refuses_another_image_under_the_same_name(store: Path, tmp_path: Path) -> None:
