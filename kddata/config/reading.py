@@ -23,6 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _MAX_VALUES = 1_000_000  # of a job file with its aliases written out; a list of 100,000 image shards is far below
+_FOREIGN = 2  # sections that are missing, and as many that are unknown: no slip of the finger
 Location = str | tuple[str, ...]
 
 
@@ -58,12 +59,17 @@ def check(kind: type[File], data: dict[str, Any], *, where: str) -> File:
     try:  # by way of JSON, where lists are tuples and nothing else is converted
         return kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        faults = [_fault(kind, dict(fault)) for fault in error.errors(include_url=False)]
+        found = [dict(fault) for fault in error.errors(include_url=False)]
+        faults = [_fault(kind, fault) for fault in found]
+        sections = [str(fault["type"]) for fault in found if len(fault["loc"]) == 1]
+        foreign = sections.count("missing") >= _FOREIGN and sections.count("extra_forbidden") >= _FOREIGN
         raise ConfigError(
             "a job file has known keys and fitting values",
             actual=f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(dict.fromkeys(faults)) + "\n",
             where=where,
-            fix="mend these keys, in the file or in the overrides",
+            fix="check whether it is the job file of another command: whole sections are missing, and others unknown"
+            if foreign
+            else "mend these keys, in the file or in the overrides",
         ) from None
 
 
@@ -72,10 +78,12 @@ def _fault(kind: type[BaseModel], fault: dict[str, Any]) -> str:
     parts = [str(part) for part in fault["loc"]]
     key = ".".join(parts)
     if fault["type"] == "extra_forbidden":
-        known = _keys(kind)
-        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        near = difflib.get_close_matches(key, siblings + known, n=1, cutoff=0.6)
-        near = near or [name for name in known if name.rpartition(".")[2] == parts[-1]][:1]
+        known, (section, _, last) = _keys(kind), key.rpartition(".")
+        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+        # By its own name, not the whole: optimizer.learning_rate looks like optimizer.name, which helps nobody.
+        near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
+        near = near or [name for name in known if name.rpartition(".")[2] == last][:1]
+        near = near or difflib.get_close_matches(key, [name for name in known if not name.startswith(section)], n=1)
         return f"{key}: no such key; " + (f"the nearest is {near[0]}" if near else f"known are {', '.join(siblings)}")
     if fault["type"] == "missing":
         return f"{key}: missing"
@@ -99,10 +107,15 @@ def _override(data: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     if not equals or not all(path):
         raise ConfigError("an override is key=value with a dotted key, such as labels.k=10", actual=repr(override))
-    for part in path[:-1]:
+    for i, part in enumerate(path[:-1]):
         below = data.setdefault(part, {})
         if not isinstance(below, dict):
-            raise ConfigError("an override goes into a mapping", actual=f"{part}: {below!r}", where=repr(override))
+            raise ConfigError(
+                "an override goes into a mapping",
+                actual=f"{part}: {below!r}",
+                where=repr(override),
+                fix=f"replace the whole of {part}, as {'.'.join(path[: i + 1])}=VALUE",
+            )
         data = below
     data[path[-1]] = parse(text, where=repr(override))
 

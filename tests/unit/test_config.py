@@ -138,12 +138,23 @@ def test_a_number_with_an_exponent_is_a_number(write) -> None:
         (["labels.k=[1"], "a job file and its overrides are YAML"),
         (["labels.k"], "an override is key=value"),
         (["store.x=1"], "an override goes into a mapping; got store: 'out'"),
+        (["store.x=1"], "Next: replace the whole of store, as store=VALUE."),
+        (["store.x.y=1"], "Next: replace the whole of store, as store=VALUE."),
+        (["views.crop_area=[0.5, 1]"], "views.crop_area: no such key; the nearest is views.area"),
+        (["unit.images=10"], "unit: no such key; the nearest is units"),
     ],
 )
 def test_a_wrong_label_file_is_refused_in_words(write, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(LabelFile, write(LABEL), overrides)
     assert message in str(caught.value)
+
+
+def test_the_job_file_of_another_command_is_told_so(write) -> None:
+    for kind, data, told in ((TrainFile, LABEL, True), (LabelFile, TRAIN, True), (LabelFile, {"imagez": "x"}, False)):
+        with pytest.raises(ConfigError) as caught:
+            load(kind, write(data))
+        assert ("the job file of another command" in str(caught.value)) == told, str(caught.value)
 
 
 def test_every_fault_is_listed_with_the_file(write) -> None:
@@ -259,6 +270,7 @@ def test_a_first_stage_reaches_the_job(write, tmp_path: Path, monkeypatch) -> No
         (["method.name=kdd"], "perhaps kd was meant"),
         (["method={temperature: 2}"], "a method has a name"),
         (["optimizer.warmup_epochs=9"], "warm-up lies within"),
+        (["optimizer.learning_rate=1"], "optimizer.learning_rate: no such key; known are name, lr, momentum"),
         (["run.name=a/b"], "run.name: string should match pattern"),
         (["run.name=../x"], "run.name: string should match pattern"),
         (["optimizer.name=adam"], "optimizer.name: input should be 'sgd' or 'adamw'"),

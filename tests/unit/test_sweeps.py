@@ -89,7 +89,10 @@ def test_the_job_may_be_a_file_of_its_own(sweep, tmp_path):
         ({"optimizer.lr": [0.1, -1]}, r"with {'optimizer.lr': -1}"),
         ({"store.5.weight": [1]}, r"a key of the grid is one of the train job's; got store.5.weight"),
         ({"student.arch.name": [1]}, r"a key of the grid is one of the train job's; got student.arch.name"),
-        ({"cluster.workers": [2]}, r"trains in one worker; got cluster.workers 2 .*or cluster.workers: \[1\] in the grid"),
+        (
+            {"cluster.workers": [2]},
+            r"trains in one worker; got cluster.workers 2 .*or cluster.workers: \[1\] in the grid",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(sweep, grid, message):
