@@ -23,6 +23,7 @@ from rich.table import Table
 from kddata.errors import KddataError
 
 LINE_S = 10.0  # between two lines where there is no terminal
+_ROUND_PER_S = 10.0  # from here on a speed is a whole number
 _TABLE_COLUMNS = 120  # characters, where there is no terminal
 
 
@@ -58,7 +59,8 @@ class Bar:
         per_s = (done - self._first) / max(now - self._begin, 1e-9)
         parts = [f"{done:,}/{total:,} {self._unit}"]
         if per_s > 0:
-            parts += [speed or f"{per_s:,.0f} {self._unit}/s", f"{clock((total - done) / per_s)} left"]
+            number = f"{per_s:,.0f}" if per_s >= _ROUND_PER_S else f"{per_s:.2g}"  # a sweep has 0.12 epochs a second
+            parts += [speed or f"{number} {self._unit}/s", f"{clock((total - done) / per_s)} left"]
         text = "  ".join([*parts, note]).rstrip()
         self._bar.update(self._task, completed=done, total=total, text=text)
         if not self._console.is_terminal and (now - self._last_line >= self._line_s or done == total):

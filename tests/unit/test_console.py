@@ -85,6 +85,26 @@ def test_what_was_done_before_does_not_count_as_speed(capsys: pytest.CaptureFixt
     assert "views/s" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("after_s", "text"),
+    [
+        (0.1, "8/10 epochs  80 epochs/s"),
+        (2.0, "8/10 epochs  4 epochs/s"),
+        (60, "8/10 epochs  0.13 epochs/s  0:15 left"),
+    ],
+)
+def test_slow_things_have_a_speed_too(
+    after_s: float, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("kddata.console.time.monotonic", lambda: now)
+    with Bar("sweep", unit="epochs", line_s=0) as bar:
+        bar.update(0, 10)
+        now = after_s
+        bar.update(8, 10)
+    assert text in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations(seconds: float, text: str) -> None:
     assert clock(seconds) == text
