@@ -48,7 +48,10 @@ def main() -> None:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Adds a command whose errors for users become one message and a documented exit code."""
 
-    @app.command()
+    assert function.__doc__ is not None
+    first_line = function.__doc__.partition("\n")[0]  # whole, where typer would cut it for `kddata --help`
+
+    @app.command(short_help=first_line)
     @functools.wraps(function)
     def guarded(**arguments: Any) -> None:
         raise typer.Exit(exit_code(lambda: function(**arguments)))

@@ -68,7 +68,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_version_and_help_with_examples_and_exit_codes() -> None:
     assert call("--version").stdout == f"kddata {kddata.__version__}\n"
-    assert "Exit codes: 0 done" in call("--help").stdout
+    listed = call("--help").stdout
+    assert "Exit codes: 0 done" in listed
+    assert not re.search(r"\w\.\.\.$", listed, re.M), "no summary is cut short"
+    assert "goes on where an earlier run stopped." in " ".join(listed.split())
     for command in COMMANDS:
         text = call(command, "--help").stdout
         assert re.search(rf"^ *kddata {command} \S+", text, re.M), f"{command} --help has an example"
