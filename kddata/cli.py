@@ -47,7 +47,6 @@ def main() -> None:
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Adds a command whose errors for users become one message and a documented exit code."""
-
     assert function.__doc__ is not None
     first_line = function.__doc__.partition("\n")[0]  # whole, where typer would cut it for `kddata --help`
 

@@ -59,7 +59,7 @@ def check(kind: type[File], data: dict[str, Any], *, where: str) -> File:
     try:  # by way of JSON, where lists are tuples and nothing else is converted
         return kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        found = [dict(fault) for fault in error.errors(include_url=False)]
+        found: list[dict[str, Any]] = [dict(fault) for fault in error.errors(include_url=False)]
         faults = [_fault(kind, fault) for fault in found]
         sections = [str(fault["type"]) for fault in found if len(fault["loc"]) == 1]
         foreign = sections.count("missing") >= _FOREIGN and sections.count("extra_forbidden") >= _FOREIGN
