@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_only_one_window_of_labels_is_held_and_loaded_once(tmp_path, monkeypatch
     for position in range(0, 16, 2):
         reader.read(0, position, position + 2)
     assert sorted(reads) == [0, 1, 2, 3]
+
+
+def test_memory_depends_on_the_window_and_not_on_how_many_there_are(tmp_path):
+    peaks = []
+    for views in (256, 1024):
+        store = make_store(tmp_path / str(views), num_images=16, views_per_image=views, unit_images=8, unit_views=64)
+        reader = reader_of(store, window_rows=1024)
+        reader.rows(0, np.arange(64))
+        tracemalloc.start()
+        for start in range(0, store.num_rows, 64):
+            reader.rows(1, np.arange(start, start + 64))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], "4 windows and 16, which would be four times as much"
 
 
 def test_images_may_move_under_their_names(tmp_path):
