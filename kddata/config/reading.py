@@ -23,6 +23,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _MAX_VALUES = 1_000_000  # of a job file with its aliases written out; a list of 100,000 image shards is far below
+_YAML_WORDS = {  # of a job file, where pydantic speaks of JSON
+    "Input should be a valid array": "Input should be a list in brackets, as in [a, b]",
+    "Input should be an object": "Input should be a section of keys with values",
+}
 _FOREIGN = 2  # sections that are missing, and as many that are unknown: no slip of the finger
 Location = str | tuple[str, ...]
 
@@ -60,12 +64,12 @@ def check(kind: type[File], data: dict[str, Any], *, where: str) -> File:
         return kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         found: list[dict[str, Any]] = [dict(fault) for fault in error.errors(include_url=False)]
-        faults = [_fault(kind, fault) for fault in found]
+        faults = _faults(kind, found)
         sections = [str(fault["type"]) for fault in found if len(fault["loc"]) == 1]
         foreign = sections.count("missing") >= _FOREIGN and sections.count("extra_forbidden") >= _FOREIGN
         raise ConfigError(
             "a job file has known keys and fitting values",
-            actual=f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(dict.fromkeys(faults)) + "\n",
+            actual=f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n  " + "\n  ".join(faults) + "\n",
             where=where,
             fix="check whether it is the job file of another command: whole sections are missing, and others unknown"
             if foreign
@@ -73,22 +77,44 @@ def check(kind: type[File], data: dict[str, Any], *, where: str) -> File:
         ) from None
 
 
-def _fault(kind: type[BaseModel], fault: dict[str, Any]) -> str:
-    """One line for one fault that pydantic found."""
-    parts = [str(part) for part in fault["loc"]]
-    key = ".".join(parts)
-    if fault["type"] == "extra_forbidden":
-        known, (section, _, last) = _keys(kind), key.rpartition(".")
-        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-        # By its own name, not the whole: optimizer.learning_rate looks like optimizer.name, which helps nobody.
-        near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
-        near = near or [name for name in known if name.rpartition(".")[2] == last][:1]
-        near = near or difflib.get_close_matches(key, [name for name in known if not name.startswith(section)], n=1)
-        return f"{key}: no such key; " + (f"the nearest is {near[0]}" if near else f"known are {', '.join(siblings)}")
-    if fault["type"] == "missing":
-        return f"{key}: missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}; got {fault['input']!r}"
+def _faults(kind: type[BaseModel], found: list[dict[str, Any]]) -> list[str]:
+    """One line for each value in which pydantic found faults: where several types would do, it finds one for each."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for fault in found:
+        *way, last = fault["loc"]
+        key = ".".join(map(str, filter(_is_key, fault["loc"])))
+        if fault["type"] == "extra_forbidden":
+            wanted[_unknown(kind, ".".join(map(str, [*filter(_is_key, way), last]))), ""] = []
+        elif fault["type"] == "missing":
+            wanted[f"{key}: missing", ""] = []
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            message = _YAML_WORDS.get(message, message)
+            wanted.setdefault((key, f"; got {fault['input']!r}"), []).append(f"{message[0].lower()}{message[1:]}")
+    return [_line(key, list(dict.fromkeys(messages)), got) for (key, got), messages in wanted.items()]
+
+
+def _line(key: str, messages: list[str], got: str) -> str:
+    if not messages:
+        return key
+    first, *others = messages
+    return f"{key}: {' or '.join([first, *(other.removeprefix('input should be ') for other in others)])}{got}"
+
+
+def _is_key(part: str | int) -> bool:
+    """Whether a part of a place is a key or an index of the file, and not the type by which pydantic read a value."""
+    return isinstance(part, int) or not (part in ("str", "int", "float", "bool") or re.search(r"[^a-z0-9_]", part))
+
+
+def _unknown(kind: type[BaseModel], key: str) -> str:
+    """One line for a key that there is not."""
+    known, (section, _, last) = _keys(kind), key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    # By its own name, not the whole: optimizer.learning_rate looks like optimizer.name, which helps nobody.
+    near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
+    near = near or [name for name in known if name.rpartition(".")[2] == last][:1]
+    near = near or difflib.get_close_matches(key, [name for name in known if not name.startswith(section)], n=1)
+    return f"{key}: no such key; " + (f"the nearest is {near[0]}" if near else f"known are {', '.join(siblings)}")
 
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
