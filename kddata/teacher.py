@@ -28,6 +28,7 @@ from kddata.errors import ConfigError, TeacherError
 from kddata.features import Capture
 
 _NAMED_MISFITS = 5
+_WEIGHTS = "name a safetensors file by its path or URL; relative paths start at the working directory"
 
 
 class Answers(Protocol):
@@ -359,11 +360,11 @@ def _read_weights(url: str, arch: str) -> dict[str, Tensor]:
         with fsspec.open(url, "rb") as file:
             return load(file.read())
     except FileNotFoundError as error:
-        raise TeacherError("weights exist", actual="no such file", where=url, fix="correct weights") from error
+        raise TeacherError("weights exist", actual="no such file", where=url, fix=_WEIGHTS) from error
     except OSError as error:
-        raise TeacherError("weights can be read", actual=error, where=url, fix="correct weights") from error
+        raise TeacherError("weights can be read", actual=error, where=url, fix=_WEIGHTS) from error
     except SafetensorError as error:
-        raise TeacherError("weights are a safetensors file", actual=str(error), where=url) from error
+        raise TeacherError("weights are a safetensors file", actual=str(error), where=url, fix=_WEIGHTS) from error
 
 
 def _first(names: list[str]) -> str:

@@ -34,7 +34,12 @@ class Exam:
         interpolation = store.spec.plan.interpolation
         images = EvaluationImages(open_source(args.images), size_px=size_px, interpolation=interpolation)
         if images.num_labelled == 0:
-            raise ConfigError("images that a student is judged on have labels", actual="none has", where=args.images)
+            raise ConfigError(
+                "images that a student is judged on have labels",
+                actual="none has",
+                where=args.images,
+                fix="put them into a folder for each class, or tars with .cls files; `kddata predict` needs no labels",
+            )
         self._args, self._pixels_of = args, pixels_of
         self._batches = step_loader(images, range(len(images)), num_workers=num_workers, pin_memory=pin_memory)
 

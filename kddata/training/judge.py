@@ -102,7 +102,12 @@ def judge(
         known = found.targets_N >= 0
         num_images, labelled = len(found.image_ids), int(known.sum())
         if not labelled:
-            raise ConfigError("images that a student is judged on have labels", actual="none has", where=images)
+            raise ConfigError(
+                "images that a student is judged on have labels",
+                actual="none has",
+                where=images,
+                fix="put them into a folder for each class, or tars with .cls files; `kddata predict` needs no labels",
+            )
         known_alone = dataclasses.replace(found, logits_NC=found.logits_NC[known], targets_N=found.targets_N[known])
         scores = known_alone.score().summary()
     return Judgement(

@@ -169,7 +169,10 @@ def test_weights_of_another_width_are_named(weights):
 
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(TeacherError, match=r"weights exist; got no such file \(in .*none.safetensors\)"):
+    with pytest.raises(
+        TeacherError,
+        match=r"weights exist; got no such file \(in .*none.safetensors\)\. Next: name a safetensors file by its path",
+    ):
         build_network(SMALL, num_classes=10, weights=str(tmp_path / "none.safetensors"))
 
 

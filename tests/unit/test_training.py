@@ -419,7 +419,7 @@ def test_a_job_that_was_refused_does_not_claim_its_run(job):
 
 def test_images_to_judge_on_without_labels_are_refused(job, tmp_path):
     images = make_images(tmp_path / "unlabelled", num_images=4, labelled=False)
-    with pytest.raises(ConfigError, match=r"judged on have labels; got none has"):
+    with pytest.raises(ConfigError, match=r"judged on have labels; got none has .*a folder for each class"):
         train(dataclasses.replace(job, evaluate=EvaluationArgs(images=images)))
 
 
