@@ -8,11 +8,12 @@ same units, so that a row has one place in all of them; each unit is compared as
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from kddata.cards import differences
+from kddata.cards import canonical_json, differences
 from kddata.errors import StoreMismatchError
 from kddata.store.rows import LabelRows
 from kddata.store.store import LabelStore
@@ -27,7 +28,8 @@ def require_members(lead: LabelStore, others: Sequence[LabelStore]) -> None:
                 "the stores of an ensemble share plan, images, views and units, and the number of classes",
                 actual="; ".join(f"{key}: {mine!r} and {theirs!r}" for key, mine, theirs in found[:5]),
                 where=f"{lead.url} and {other.url}",
-                fix="label with the other teacher on the same plan, images and units",
+                fix="label with the other teacher on the same plan, images and units; a store that was extended joins "
+                "those that were extended alike",
             )
 
 
@@ -49,6 +51,7 @@ def require_same_rows(rows: LabelRows, others: LabelRows, *, where: str) -> None
 def _layout(store: LabelStore) -> dict[str, object]:
     plan = store.spec.to_json()["plan"]
     units = [dataclasses.astuple(unit) for unit in store.units()]
+    digest = hashlib.sha256(canonical_json(units).encode()).hexdigest()
     return {
         "plan": plan,
         "num_classes": store.spec.teacher.num_classes,
@@ -57,5 +60,5 @@ def _layout(store: LabelStore) -> dict[str, object]:
         "unit_images": store.spec.unit_images,
         "unit_views": store.spec.unit_views,
         "image shards": [[shard.name, shard.num_images] for shard in store.images],
-        "units": hash(tuple(units)),
+        "units": f"{len(units)} with SHA-256 {digest[:12]}...",
     }

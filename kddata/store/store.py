@@ -676,7 +676,7 @@ def _require_sha256(found: str, wanted: str | None, *, where: str) -> None:
             actual=f"SHA-256 {found[:12]}... for {str(wanted)[:12]}...",
             where=where,
             fix="use the images, the machine kind and the library versions that the store was made with (nothing was "
-            "changed)",
+            "changed); a compact store that came from an exact one was rounded twice: convert that one again",
         )
 
 
