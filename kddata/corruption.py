@@ -13,14 +13,20 @@ Letters: N images, C classes.
 from __future__ import annotations
 
 import hashlib
+import heapq
+import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 
 from kddata import rng
 from kddata.errors import ConfigError
+
+_SORTED_AT_ONCE = 1 << 17  # lines; of more, sorted runs wait in temporary files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +125,23 @@ class ClassImbalance:
         return keep
 
 
-def labels_sha256(image_ids: Iterable[str], labels_N: np.ndarray) -> str:
-    """SHA-256 of which image has which label, whatever their order: what a teacher's card says it was trained on."""
-    lines = sorted(f"{label} {image_id}\n" for image_id, label in zip(image_ids, labels_N.tolist(), strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def labels_sha256(labels: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 of image ids with their labels, in any order: what a teacher's card says it was trained on.
+
+    It is that of the sorted lines "LABEL IMAGE_ID"; 2^17 of them are held, and more are merged from temporary files.
+    """
+    lines = (f"{label} {image_id}\n".encode() for image_id, label in labels)
+    found = hashlib.sha256()
+    with ExitStack() as files:
+        runs: list[Iterable[bytes]] = []
+        while run := sorted(islice(lines, _SORTED_AT_ONCE)):  # bytes of UTF-8 sort as their text does
+            if len(run) < _SORTED_AT_ONCE:
+                runs.append(run)
+                continue
+            file = files.enter_context(tempfile.TemporaryFile())
+            file.writelines(run)
+            file.seek(0)
+            runs.append(file)
+        for line in heapq.merge(*runs):
+            found.update(line)
+    return found.hexdigest()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from kddata.images import open_source
 from kddata.losses import Method
 from kddata.reader import open_images, order_of
 from kddata.replay import choice_of
-from kddata.store import LabelStore, choose, require_members
+from kddata.store import LabelStore, require_members
 from kddata.store.entries import texts
 from kddata.training.job import TrainingJob
 
@@ -230,17 +231,20 @@ def trained_labels_sha256(job: TrainingJob, store: LabelStore) -> str:
 
     It is what `teacher.labels_sha256` of a label job says, where the student becomes a teacher.
     """
-    choice = choice_of(store, job.data.subset, job.data.imbalance) or choose(store)
-    ids: list[str] = []
-    labels = []
-    for shard, chosen in enumerate(choice.chosen):
-        here = [image_id for image_id, one in zip(store.image_ids(shard), chosen, strict=True) if one]
-        truth = store.image_labels(shard)[chosen]
+    choice = choice_of(store, job.data.subset, job.data.imbalance)
+    bad = set() if choice is not None else {image_id for image_id, _ in store.info()["bad"]}
+    num_classes = store.spec.teacher.num_classes
+
+    def of_shard(shard: int) -> Iterator[tuple[str, int]]:
+        ids, truth = store.image_ids(shard), store.image_labels(shard)
+        here = [image_id not in bad for image_id in ids] if choice is None else choice.chosen[shard].tolist()
+        ids, truth = list(compress(ids, here)), truth[np.array(here, dtype=bool)]
         if job.data.noise is not None:
-            truth = job.data.noise.labels(here, truth, store.spec.teacher.num_classes)
-        ids += here
-        labels.append(truth)
-    return labels_sha256(ids, np.concatenate(labels))
+            truth = job.data.noise.labels(ids, truth, num_classes)
+        return zip(ids, truth.tolist(), strict=True)
+
+    shards = range(len(store.images))
+    return labels_sha256(row for shard in shards for row in of_shard(shard))
 
 
 def require_same_start(step: int, world_size: int, device: str, *, where: str) -> None:

@@ -58,7 +58,8 @@ class LabelledViews(Dataset[tuple[Tensor, Tensor]]):
             )
         labels_N = np.array([ref.label for ref, _ in self._items])
         self.highest_label = int(labels_N.max())
-        self.labels_sha256 = labels_sha256((ref.image_id for ref, _ in self._items), labels_N)
+        ids = (ref.image_id for ref, _ in self._items)
+        self.labels_sha256 = labels_sha256(zip(ids, labels_N.tolist(), strict=True))
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, step = divmod(step, self.steps_per_epoch)

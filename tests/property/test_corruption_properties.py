@@ -1,10 +1,16 @@
 """Noise and imbalance for any labels: pure in the image id, nested in their strength, never out of range."""
 
+import hashlib
+import tracemalloc
+from random import Random
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kddata import corruption
 from kddata.corruption import ClassImbalance, LabelNoise, labels_sha256
 from kddata.errors import ConfigError
 
@@ -68,7 +74,27 @@ def test_values_out_of_range_are_refused() -> None:
             make()
 
 
-def test_the_hash_of_labels_knows_every_label_and_no_order() -> None:
-    labels = np.array([0, 1, 2])
-    assert labels_sha256(["a", "b", "c"], labels) == labels_sha256(["c", "a", "b"], labels[[2, 0, 1]])
-    assert labels_sha256(["a", "b", "c"], labels) != labels_sha256(["a", "b", "c"], labels[::-1])
+@given(
+    st.dictionaries(
+        st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1), st.integers(-1, 120)
+    ),
+    st.randoms(),
+)
+def test_the_hash_of_labels_is_that_of_their_sorted_lines_in_any_order(labels: dict[str, int], random: Random) -> None:
+    text = "".join(sorted(f"{label} {image_id}\n" for image_id, label in labels.items()))
+    shuffled = list(labels.items())
+    random.shuffle(shuffled)
+    for at_once in (1, 3, 1 << 17):
+        with mock.patch.object(corruption, "_SORTED_AT_ONCE", at_once):
+            assert labels_sha256(shuffled) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_hash_of_labels_takes_no_more_memory_for_more_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corruption, "_SORTED_AT_ONCE", 1 << 10)
+    peaks = []
+    for num_images in (1 << 12, 1 << 15):
+        tracemalloc.start()
+        labels_sha256((f"n{number % 97}/{number}.jpeg", number % 1000) for number in range(num_images))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0], "eight times as many, each run with the buffer of a file"
