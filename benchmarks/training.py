@@ -9,9 +9,11 @@ store's own ResNet-50 in the loop (`live`). The loader runs in the training proc
 that a ratio holds all that a step costs. Ratios are medians over steps of paired times. The teacher's weights are
 random: they cost what trained ones do.
 
-Memory is that of a process of its own, without the mapped pages of libraries and files, after the first quarter and at
-the end of an epoch, over stores of 2^17, 2^18 and 2^20 views of small images: a half, one and four windows of the
-order, of units of one size. Every 16th step is taken. Results go to benchmarks/results/training.json, and
+Memory is that of a process of its own, in the first quarter of an epoch and in all of it, over stores of 2^17, 2^18 and
+2^20 views of small images: a half, one and four windows of the order, of units of one size. Every 16th step is taken.
+Three figures, at their largest: what is resident, with the mapped pages of libraries and files; what of it is the
+process's own; and what malloc has given out and not got back, which is what training holds: the rest of its own is
+malloc's, which keeps more or less of what it got back by chance. Results go to benchmarks/results/training.json, and
 training_memory.json.
 """
 
@@ -26,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torchvision
@@ -39,6 +40,7 @@ from kddata.labelling import LabellingJob, label_store
 from kddata.replay import Replay, replay_loader
 from kddata.store import LabelStore
 from kddata.testing import make_store
+from kddata.testing.memory import given_out_bytes, resident_bytes
 from kddata.training import DataArgs, OptimizerArgs, Step, StudentArgs, TrainingJob, normaliser, training_steps
 from kddata.training.pupil import Pupil
 from kddata.training.students import make_optimizer
@@ -141,11 +143,6 @@ def speeds(args: argparse.Namespace, folder: str) -> dict[str, object]:
     }
 
 
-def own_mib() -> float:
-    """Memory of this process that is its own, in MiB: resident, without mapped files."""
-    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
-
-
 def memory_of(store: str) -> None:
     """Trains over every 16th step of an epoch, and prints what memory it took. Run as a process of its own."""
     torch.set_num_threads(1)
@@ -159,10 +156,14 @@ def memory_of(store: str) -> None:
     )
     rows = LabelStore.open(store).num_rows
     chosen = range(0, rows // 256, EVERY)
-    seen = []
+    seen: dict[str, list[float]] = {"own": [], "resident": [], "given_out": []}
     for _ in steps_of(job, chosen, device="cpu"):
-        seen.append(own_mib())
-    print(json.dumps({"rows": rows, "quarter_mib": max(seen[: len(seen) // 4]), "epoch_mib": max(seen)}))
+        resident, own = resident_bytes()
+        for name, num_bytes in (("own", own), ("resident", resident), ("given_out", given_out_bytes() or 0)):
+            seen[name].append(num_bytes / 2**20)
+    parts = {"quarter": len(chosen) // 4, "epoch": len(chosen)}
+    most = {f"{name}_{part}_mib": max(seen[name][:stop]) for name in seen for part, stop in parts.items()}
+    print(json.dumps({"rows": rows, **most}))
 
 
 def memory(folder: str) -> dict[str, object]:
