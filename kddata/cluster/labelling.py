@@ -91,7 +91,7 @@ def label(
         on_file = None if weights is None or is_published(weights) else weights
         require_shared({"images": job.images, "store": job.store, "teacher.weights": on_file})
         require_room("teachers", teachers, cpus=job.threads, gpus=gpus_per_teacher, key="cluster.teachers")
-        with driving(job.store) as driver:
+        with driving(job.store) as driver, labelling.alone_on(job.store, driver):
             store = labelling.prepare(job, extend=extend)
             if store.manifest is not None:
                 store.commit()  # an earlier driver may have died while it tidied up

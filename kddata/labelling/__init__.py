@@ -13,6 +13,7 @@ from kddata.labelling.attacks import boundary_outputs
 from kddata.labelling.job import (
     Labelled,
     LabellingJob,
+    alone_on,
     check_bad_images,
     each_missing_unit,
     finish,
@@ -32,6 +33,7 @@ __all__ = [
     "Estimate",
     "Labelled",
     "LabellingJob",
+    "alone_on",
     "boundary_outputs",
     "check_bad_images",
     "each_missing_unit",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,11 +19,11 @@ import torch
 
 from kddata import boundary
 from kddata.cards import Codec, Format, Keep, MemoryFormat, Output, StoreSpec
-from kddata.errors import BadImageBudgetError, SourceError, StoreMissingError
+from kddata.errors import BadImageBudgetError, SourceError, StoreBusyError, StoreError, StoreMissingError
 from kddata.images import ImageSource, in_order, open_source
 from kddata.labelling.attacks import boundary_shapes
 from kddata.labelling.unit import label_unit
-from kddata.store import LabelStore, Receipt, Unit, driving
+from kddata.store import Driver, LabelStore, Receipt, Unit, driving
 from kddata.teacher import Answers, Teacher, TeacherArgs, load_teacher
 from kddata.views import ViewPlan
 
@@ -101,7 +102,7 @@ def label_store(
     if not extend and is_tidy(job.store):
         _log.info("%s is finished: nothing to do", job.store)
         return Labelled(store=prepare(job, teacher=teacher), new_units=0)
-    with driving(job.store) as driver:
+    with driving(job.store) as driver, alone_on(job.store, driver):
         store = prepare(job, teacher=teacher, extend=extend)
         if store.manifest is not None:
             store.commit()  # an earlier driver may have died while it tidied up
@@ -127,6 +128,46 @@ def is_tidy(url: str) -> bool:
         return not LabelStore.open(url).leftovers()
     except StoreMissingError:
         return False
+
+
+@contextmanager
+def alone_on(url: str, driver: Driver) -> Iterator[None]:
+    """A block of a store's driver that ends in StoreBusyError, where another has taken over, or finished, meanwhile.
+
+    A driver that was stopped for long, was taken for dead and wakes finds what it had half-written gone. What it met
+    is told too: a store that is finished says not by whom. Errors of disks and networks stay as they are.
+    """
+    before = _generation(url)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (StoreBusyError, OSError)) and not isinstance(error, FileNotFoundError):
+            raise
+        after = before
+        with suppress(OSError, StoreError):  # the first error is what counts
+            after = _generation(url)
+        try:
+            if after != before:
+                raise StoreBusyError(
+                    "a store has one driver",
+                    actual=f"another driver has finished it meanwhile, and here: {error}",
+                    where=url,
+                    fix="nothing is lost; the same command says that it is finished",
+                )
+            driver.check()
+        except StoreBusyError as busy:
+            raise busy from error
+        raise
+
+
+def _generation(url: str) -> int:
+    """Of the last manifest of a store; 0 where there is none."""
+    try:
+        manifest = LabelStore.open(url).manifest
+    except StoreMissingError:
+        return 0
+    assert manifest is not None
+    return int(manifest["generation"])
 
 
 def load_job_teacher(job: LabellingJob) -> Teacher:

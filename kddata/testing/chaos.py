@@ -12,6 +12,7 @@ modelled; what is synced, and in which order, has a test of its own.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import torch
@@ -36,6 +37,7 @@ from kddata.store.steps import faults
 from kddata.testing import fake_teacher_args
 from kddata.views import ViewPlan
 
+Check: TypeAlias = Callable[[Callable[[str], object], str, Any, dict[str, bytes]], str | None]
 Mode = Literal["kill before", "kill after", "tear and kill", "raise", "tear", "lose", "delay", "full"]
 MODES: tuple[Mode, ...] = ("kill before", "kill after", "tear and kill", "raise", "tear", "lose", "delay")
 _DELAY_S = 0.002
@@ -273,19 +275,26 @@ def survives(
 
 
 def survey(
-    run: Callable[[str], object], root: str, plans: Sequence[Sequence[Fault]], *, processes: int = 2
+    run: Callable[[str], object],
+    root: str,
+    plans: Sequence[Any],
+    *,
+    check: Check | None = None,
+    processes: int = 2,
 ) -> list[str]:
-    """What is wrong after each of many plans of real kills, below a folder of a local disk, in several processes.
+    """What is wrong after each of many plans, below a folder of a local disk, in several processes.
 
     Args:
         run: picklable.
+        plans: of real kills; or what `check` takes.
+        check: picklable; gets run, URL, plan and wanted files, and says what is wrong. None for `survives`.
     """
     wanted = contents(undisturbed(run, f"{root}/undisturbed"))
+    check = check or functools.partial(survives, fork=True)
     parts = [list(plans[i::processes]) for i in range(processes)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        found = pool.map(
-            _survey, [run] * processes, [f"{root}/{i}" for i in range(processes)], parts, [wanted] * processes
-        )
+        urls = [f"{root}/{i}" for i in range(processes)]
+        found = pool.map(_survey, [run] * processes, urls, parts, [wanted] * processes, [check] * processes)
         return [complaint for part in found for complaint in part]
 
 
@@ -296,13 +305,17 @@ def undisturbed(run: Callable[[str], object], url: str) -> str:
 
 
 def _survey(
-    run: Callable[[str], object], url: str, plans: Sequence[Sequence[Fault]], wanted: dict[str, bytes]
+    run: Callable[[str], object],
+    url: str,
+    plans: Sequence[Any],
+    wanted: dict[str, bytes],
+    check: Check,
 ) -> list[str]:
     logging.disable(logging.WARNING)  # of takeovers, one a kill
     torch.set_num_threads(1)  # threads do not survive a fork
     complaints = []
     for number, plan in enumerate(plans):
-        complaint = survives(run, f"{url}-{number}", plan, wanted, fork=True)
+        complaint = check(run, f"{url}-{number}", plan, wanted)
         complaints += [] if complaint is None else [complaint]
     return complaints
 
