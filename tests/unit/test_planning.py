@@ -64,6 +64,28 @@ def test_a_unit_keeps_one_teacher_busy(job: LabellingJob) -> None:
     assert time.endswith("with 2 such teachers")
 
 
+def test_sampled_labels_are_planned_as_sampled(job: LabellingJob, tmp_path: Path) -> None:
+    """By the command; a unit that the probe covers whole, so that its bytes are exact, and those of no top classes."""
+    shard = sorted(Path(str(job.images)).glob("*.tar"))[0]
+    top = dataclasses.replace(job, images=str(shard), unit_images=1024, unit_views=None)
+    sampled = dataclasses.replace(top, store=f"{job.store}-sampled", keep="sampled")
+    args, file = job.teacher, tmp_path / "label.yaml"
+    fields = ("arch", "num_classes", "size_px", "mean", "std")
+    known = {field: getattr(args, field) for field in fields}
+    values = {"teacher": known, "views": {"per_image": 6}, "labels": {"k": 3, "keep": "sampled", "temperatures": [1]}}
+    file.write_text(json.dumps({"images": str(shard), "store": sampled.store, **values}))
+    done = CliRunner().invoke(app, ["plan", str(file), "--json"], catch_exceptions=False)
+    assert not Path(sampled.store).exists()
+    store = label_store(sampled).store
+    found, info = json.loads(done.stdout), store.info()
+    assert (found["views"], found["units"], found["bytes"]) == (info["rows"], info["units"], info["bytes"])
+    assert found["bytes"] != label_store(top).store.info()["bytes"]
+    assert found["files"] == len(store.storage.sizes())
+    refused = CliRunner().invoke(app, ["plan", str(file), "labels.temperatures=[1, 2]"])
+    assert refused.exit_code == ConfigError.exit_code
+    assert "sampled labels are of temperature 1" in refused.output
+
+
 def test_shards_beyond_the_first_few_are_taken_to_be_like_those_counted(job: LabellingJob) -> None:
     whole = estimate(job)
     found = estimate(job, counted_shards=1)
