@@ -200,3 +200,17 @@ def test_an_image_that_ends_every_process_ends_the_job_and_is_narrowed_down(
     write_tar(tmp_path / "images" / "a.tar", [("white.png", white)])
     with pytest.raises(ResourceError, match=r"one of the units 0 ended each of the 2 processes.*a\.tar"):
         label(dataclasses.replace(deadly, images=str(tmp_path / "images"), store=str(tmp_path / "store")), retries=1)
+
+
+def test_outputs_of_the_teacher_are_the_same_bytes_too(tmp_path: Path) -> None:
+    """Convolutions, whose last bits depend on batch, threads and memory format: actors keep what the spec says."""
+    kept = ("embedding", "attention:7", "features:11", "fsp:1:2", "boundary", "boundary_logits")
+    teacher = TeacherArgs(arch="python:kddata.nets:small_cnn", num_classes=10, size_px=16)
+    alone = dataclasses.replace(job(tmp_path, "alone"), teacher=teacher, outputs=kept, codec="compact")
+    wanted = label_store(alone).store
+    done = label(dataclasses.replace(alone, store=str(tmp_path / "actors")), teachers=2)
+    assert done.new_units == 6
+    assert files(done.store.url) == files(wanted.url)
+    rows = done.store.read(0)
+    assert set(rows.outputs) == set(kept)
+    assert all(len(values) == len(rows) and values.any() for values in rows.outputs.values())
