@@ -15,7 +15,7 @@ Every message says four things: the rule, the actual value, where it was found, 
     │   ├── StoreMismatchError          5   another spec, plan, card or source; the field is named
     │   ├── StoreDamagedError           5   bytes differ from their recorded hash; the file is named
     │   ├── StoreVersionError           5   written by a newer format version
-    │   └── StoreBusyError              5   another driver is writing to it
+    │   └── StoreBusyError              5   another driver is writing to it, or trains in a run
     ├── ResourceError                   6   the machine or cluster has less than the job asks for
     └── TrialsFailedError               7   trials of a sweep failed; the others have finished
 """
@@ -124,7 +124,7 @@ class StoreVersionError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Another live driver is writing to the store."""
+    """Another live driver is writing to the store, or trains in the run's folder."""
 
 
 class ResourceError(KddataError):

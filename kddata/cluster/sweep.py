@@ -4,6 +4,8 @@ A trial is `training.train` in one process, in a run folder of its own, from its
 was killed goes on by the same command: what has finished is read back, and what was under way is resumed. Tune's own
 checkpoints, schedulers and restoring are not used; what it writes goes into a folder that is removed.
 
+This process holds a lock in the sweep's folder, and each trial's process one in the trial's.
+
 Trade-off: a trial has one process, and not several ranks: many students fill a cluster better than wide ones.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +25,11 @@ from ray import tune
 from kddata import training
 from kddata.cluster.resources import require_room, require_shared
 from kddata.cluster.session import connected
-from kddata.errors import KddataError, within
+from kddata.errors import KddataError, StoreBusyError, within
 from kddata.trackers import Trackers, require
 
 _TUNE = ".tune"
+_ORPHAN_S = 60.0  # that a trial's process may outlive a driver that was killed, and hold the lock of its run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,8 @@ def sweep(
             tried again: it would come again.
 
     Raises before any trial begins what `training.check` raises, with the name of the first trial that cannot work;
-    ResourceError where no node has room for one of them.
+    StoreBusyError naming another process that drives a sweep in this folder; ResourceError where no node has room for
+    one of the trials.
     """
     for trial in trials:
         with within(f"trial {trial.name}"):
@@ -98,10 +103,13 @@ def sweep(
     standing.epochs_of = {trial.name: trial.job.optimizer.epochs for trial in trials if trial.name in done}
     standing.finished = len(done)
     on_standing(standing)
+    for trial in trials:
+        if trial.name in done:
+            training.tidy_up(trial.job.run)
     left = {trial.name: trial for trial in trials if trial.name not in done}
     errors: dict[str, str] = {}
     if left:
-        with connected():
+        with training.driving_run(folder, what="sweep"), connected():
             for trial in left.values():
                 require_room("trials", 1, cpus=trial.cpus, gpus=trial.gpus, key=f"cluster, of trial {trial.name}")
                 stores = (trial.job.store, *(member.url for member in trial.job.others))
@@ -182,13 +190,21 @@ def _train(trial: Trial) -> None:
                 if progress.epoch_record is not None:
                     tune.report({"epochs": progress.epoch + 1})
 
-            training.train(
-                trial.job,
-                device="cuda" if trial.gpus else "cpu",
-                threads=trial.threads,
-                num_workers=trial.loader_processes,
-                report=report,
-            )
+            end_s = time.monotonic() + _ORPHAN_S
+            while True:
+                try:
+                    training.train(
+                        trial.job,
+                        device="cuda" if trial.gpus else "cpu",
+                        threads=trial.threads,
+                        num_workers=trial.loader_processes,
+                        report=report,
+                    )
+                    return
+                except StoreBusyError:
+                    if time.monotonic() > end_s:
+                        raise
+                time.sleep(1)
     except KddataError as error:
         tune.report({"error": str(error)})
     except Exception:  # a student's own code may raise anything: told as this trial's end, and no other one stops

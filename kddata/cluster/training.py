@@ -30,8 +30,8 @@ from kddata.cluster.session import connected, original
 from kddata.errors import KddataError
 from kddata.store.storage import open_storage
 from kddata.trackers import Trackers, require
+from kddata.training.run import PROGRESS_FILE, Run
 
-PROGRESS_FILE = "progress.json"
 _WRITE_S = {"file": 0.5}  # at most so often; object stores bill each write
 _WRITE_ELSEWHERE_S = 10.0
 _POLL_S = 0.5
@@ -60,6 +60,8 @@ def train(
         max_failures: how often the ranks are restarted after one of them died. An error for users is not tried again.
         on_progress: called in this process, from another thread.
 
+    This process holds the run's lock, for as long as the ranks train and are restarted.
+
     Raises ResourceError where the cluster has no room, ConfigError where nodes would not see one store or run, and
     what `training.train` raises.
     """
@@ -67,9 +69,10 @@ def train(
     training.check(job, world_size=workers)  # what is wrong with the job is found before anything starts
     result = training.finished(job)
     if result is not None:
+        training.tidy_up(job.run)
         return result
     evaluated = None if job.evaluate is None else job.evaluate.images
-    with connected():
+    with training.driving_run(job.run), connected():
         stores = (job.store, *(member.url for member in job.others))
         require_shared({"store": stores, "run": job.run, "images": job.images, "evaluate.images": evaluated})
         cpus = threads_per_worker + loader_processes
@@ -105,6 +108,7 @@ def train(
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise original(error) from None
+        Run(job.run).tidy()
     result = training.finished(job)
     assert result is not None
     return result
@@ -138,6 +142,7 @@ def _rank(config: dict[str, Any]) -> None:
             num_workers=config["loader_processes"],
             wrap=wrap,
             report=report,
+            driven=True,
         )
 
 

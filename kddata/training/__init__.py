@@ -1,6 +1,7 @@
 """Training: students from stored labels, without Ray. `train(job)` is the whole run; its parts serve other loops."""
 
 from kddata.training.classify import Classified, classify
+from kddata.training.driving import driving_run, tidy_up
 from kddata.training.job import (
     CacheArgs,
     DataArgs,
@@ -37,12 +38,14 @@ __all__ = [
     "TrainingResult",
     "check",
     "classify",
+    "driving_run",
     "finished",
     "judge",
     "normaliser",
     "open_student",
     "predict",
     "student_of_weights",
+    "tidy_up",
     "train",
     "training_steps",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from kddata.replay import Replay, replay_loader
 from kddata.store import LabelStore
 from kddata.training.checks import check_job, identity, require_same_start, weights
 from kddata.training.cohort import Cohort, Optimizers
+from kddata.training.driving import driving_run, tidy_up
 from kddata.training.exam import Exam
 from kddata.training.job import TrainingJob
 from kddata.training.mutual import mutual_steps
@@ -51,6 +53,7 @@ def train(
     num_workers: int = 0,
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
     report: Callable[[Progress], None] = lambda progress: None,
+    driven: bool = False,
 ) -> TrainingResult:
     """The result of a run: trained from its last checkpoint on, or read back if it had finished.
 
@@ -58,32 +61,77 @@ def train(
     average its gradients over it (DistributedDataParallel), and `job.run` is a folder that all ranks see. `report` is
     called by every rank at the same steps. Sets torch's thread count, and seeds torch's global random numbers.
 
+    A rank alone holds the run's lock (`driving_run`) while it trains, unless `driven` says that its caller does; of
+    several ranks, whoever started them is to hold it.
+
     Raises before the first step: StoreMissingError for a store that is not committed, ConfigError or
     StoreMismatchError for a student, method, teacher or batch size that does not fit it, ConfigError for a run of this
-    name with another job. Later: TeacherError for a loss that is not finite, naming the images of its step, which then
-    stand in the run's nonfinite-RANK.json too, with their views.
+    name with another job, StoreBusyError for one that another process trains, naming that. Later: TeacherError for a
+    loss that is not finite, naming the images of its step, which then stand in the run's nonfinite-RANK.json too, with
+    their views; StoreBusyError where another process has taken the run over.
     """
     torch.set_num_threads(threads)
-    store, method, run = check(job, world_size=world_size)
-    others = _open_others(job)
-    result = finished(job)
-    if result is not None:
-        _log.info("%s has finished already; nothing is done", job.run)
-        return result
+    checked = check(job, world_size=world_size)
+    result, alone = finished(job), world_size == 1 and not driven
+    if result is None:
+        with driving_run(job.run) if alone else nullcontext(_undriven) as still_driving:
+            result = finished(job)  # by another process, meanwhile
+            if result is None:
+                result = _train(
+                    job,
+                    checked,
+                    rank=rank,
+                    world_size=world_size,
+                    device=device,
+                    num_workers=num_workers,
+                    wrap=wrap,
+                    report=report,
+                    still_driving=still_driving,
+                )
+                if alone:
+                    checked[2].tidy()
+                return result
+    if alone:
+        tidy_up(job.run)
+    _log.info("%s has finished already; nothing is done", job.run)
+    return result
 
+
+def _undriven() -> None:
+    """The driver is another process, which looks itself whether it still is."""
+
+
+def _train(
+    job: TrainingJob,
+    checked: tuple[LabelStore, Method, Run],
+    *,
+    rank: int,
+    world_size: int,
+    device: str,
+    num_workers: int,
+    wrap: Callable[[nn.Module], nn.Module],
+    report: Callable[[Progress], None],
+    still_driving: Callable[[], None],
+) -> TrainingResult:
+    """`train`, of a run that has not finished and that this process or its caller drives."""
+    store, method, run = checked
+    others = _open_others(job)
     begun = job
     if job.first_stage is not None:
         run.begin(identity(job, store, others))
-        train(
-            first_stage_of(job),
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            threads=threads,
-            num_workers=num_workers,
-            wrap=wrap,
-            report=reported(job, report, first=True),
-        )
+        first = first_stage_of(job)
+        if finished(first) is None:
+            _train(
+                first,
+                check(first, world_size=world_size),
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                num_workers=num_workers,
+                wrap=wrap,
+                report=reported(job, report, first=True),
+                still_driving=still_driving,
+            )
         if world_size > 1:
             torch.distributed.barrier()  # rank 0 has written what all of them start from
         begun = second_stage_of(job)
@@ -208,6 +256,7 @@ def train(
                     best = copied(pupil.state_dict())
             history.epochs.append(record)
             of_epoch = Meter()
+        still_driving()
         if save:
             require_finite(pupil.network, step, note)
         if save and rank == 0:

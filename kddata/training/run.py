@@ -2,6 +2,8 @@
 
     job.json              what is trained, written first; a run of this name with another job is refused
     checkpoints/N.pt      all that training needs to go on after N steps, until the run has finished; see `checkpoints`
+    progress.json         how far it is, while it trains on Ray
+    lock-N.json           whose it is, while it trains; see `driving`
     model.safetensors     the student's weights, alone
     peer-N.safetensors    the weights of the other students of a cohort
     model.pt2             the student as a torch.export program, where that was asked for and could be; see `program`
@@ -16,6 +18,7 @@ one storage; a result is not copied elsewhere by itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +28,11 @@ from torch import Tensor
 from kddata.cards import canonical_json, differences
 from kddata.errors import ConfigError
 from kddata.store.storage import open_storage
-from kddata.training.checkpoints import Checkpoints
+from kddata.training.checkpoints import FOLDER, Checkpoints
 from kddata.training.steps import Step
+
+PROGRESS_FILE = "progress.json"
+_LEFT = re.compile(rf"^(first/)?(\.tmp-[0-9a-f]+|{FOLDER}/[^/]+|progress\.json|lock-\d{{6}}\.json)$")
 
 
 class Run:
@@ -85,6 +91,18 @@ class Run:
             with self._files.replacing(name) as file:
                 file.write(data)
         self.checkpoints.remove()
+
+    def leftovers(self) -> list[str]:
+        """Files that no finished run has: a process that was killed left them, here or in the run's first stage."""
+        return [name for name in self._files.sizes() if _LEFT.match(name)]
+
+    def tidy(self) -> None:
+        """Removes them, but for locks, which are their driver's."""
+        for name in self.leftovers():
+            if "lock-" not in name:
+                self._files.remove(name)
+        for folder in (FOLDER, f"first/{FOLDER}"):
+            self._files.remove_folder(folder)
 
     def result(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(card, metrics) of a finished run, else None."""

@@ -21,6 +21,7 @@ from kddata.errors import ConfigError
 from kddata.images import open_source
 from kddata.replay import EvaluationImages, step_loader
 from kddata.teacher import weights_sha256
+from kddata.training.driving import driving_run, tidy_up
 from kddata.training.job import OptimizerArgs, StudentArgs
 from kddata.training.predict import normaliser, predict
 from kddata.training.run import Run
@@ -81,22 +82,42 @@ def teach(
     )
     _require_classes(views.highest_label, job.network.num_classes, where=job.images)
     run = Run(job.run)
-    fields = dataclasses.asdict(job)
-    identity = {key: value for key, value in fields.items() if key not in ("images", "run", "evaluate")}
-    run.check(identity | {"labels_sha256": views.labels_sha256})
+    run.check(_identity(job, views))
     done = run.result()
     if done is not None:
+        tidy_up(job.run)
         _log.info("%s has finished already; nothing is done", job.run)
         return done[0]
+    with driving_run(job.run) as still_driving:
+        done = run.result()  # by another process, meanwhile
+        if done is not None:
+            return done[0]
+        card = _teach(job, run, views, threads=threads, num_workers=num_workers, report=report, check=still_driving)
+        run.tidy()
+        return card
+
+
+def _teach(
+    job: TeachingJob,
+    run: Run,
+    views: LabelledViews,
+    *,
+    threads: int,
+    num_workers: int,
+    report: Callable[[int, int, float], None],
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    """`teach`, of a run that has not finished and that this process drives."""
     # All that can be wrong is found before the name of the run is taken, and before hours of training.
     judged_on = None if job.evaluate is None else _judged_on(job)
     torch.set_num_threads(threads)
     pixels_of = normaliser(job.mean, job.std, "cpu")
     network = build_student(job.network, size_px=job.size_px, seed=job.seed, pixels_of=pixels_of, device="cpu")
-    run.begin(identity | {"labels_sha256": views.labels_sha256})
+    run.begin(_identity(job, views))
     loss_S: list[float] = []
 
     def note(step: int, num_steps: int, loss: float) -> None:
+        check()
         loss_S.append(loss)
         report(step, num_steps, loss)
 
@@ -114,6 +135,7 @@ def teach(
     if judged_on is not None:
         batches = step_loader(judged_on, range(len(judged_on)), num_workers=num_workers, pin_memory=False)
         metrics |= predict(network, batches, pixels_of).score().summary()
+    fields = dataclasses.asdict(job)
     card = {
         "student": fields["network"],
         "method": {"name": "hard"},
@@ -127,6 +149,13 @@ def teach(
     card = json.loads(json.dumps(card))  # as it will be read back
     run.finish(network.state_dict(), card=card, metrics={"loss_S": loss_S, "epochs": [metrics]})
     return card
+
+
+def _identity(job: TeachingJob, views: LabelledViews) -> dict[str, Any]:
+    """What makes two jobs one run."""
+    fields = dataclasses.asdict(job)
+    kept = {key: value for key, value in fields.items() if key not in ("images", "run", "evaluate")}
+    return kept | {"labels_sha256": views.labels_sha256}
 
 
 def _judged_on(job: TeachingJob) -> EvaluationImages:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 import yaml
 
 from kddata import commands, training
-from kddata.cluster.sweep import Trial, sweep
-from kddata.errors import ConfigError, ResourceError, StoreMismatchError, TrialsFailedError
+from kddata.cluster.sweep import Standing, Trial, _train, sweep
+from kddata.errors import ConfigError, ResourceError, StoreBusyError, StoreMismatchError, TrialsFailedError
 from kddata.labelling import LabellingJob, label_store
 from kddata.testing import fake_teacher_args, make_images
 from kddata.training import DataArgs, OptimizerArgs, StudentArgs, TrainingJob
@@ -123,6 +124,47 @@ def test_what_cannot_work_is_refused_before_any_trial_begins(work: Path) -> None
     with pytest.raises(ResourceError, match=r"room for all trials .*cluster, of trial x"):
         sweep([Trial(name="x", job=job(work, "x"), threads=1000)], folder=folder)
     assert not Path(folder).exists()
+
+
+def test_of_two_sweeps_in_a_folder_the_second_is_refused(work: Path) -> None:
+    folder, told = str(work / "runs/second"), []
+    trials = [Trial(name="only", job=job(work, "only"))]
+
+    def again(standing: Standing) -> None:
+        if standing.epochs and not told:
+            with pytest.raises(StoreBusyError) as caught:
+                sweep(trials, folder=folder)
+            told.append(str(caught.value))
+
+    (outcome,) = sweep(trials, folder=folder, on_standing=again)
+    assert outcome.card is not None
+    assert f"a sweep has one driver; got process {os.getpid()} on " in told[0]
+    assert not list(Path(folder).rglob("lock-*"))
+
+
+def test_a_trial_waits_for_the_process_of_a_killed_sweep_that_still_has_its_run(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr("kddata.cluster.sweep.tune.report", reported.append)
+    trial, held, over = Trial(name="held", job=job(work, "held")), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with training.driving_run(trial.job.run):
+            held.set()
+            over.wait(60)
+
+    orphan = threading.Thread(target=hold)
+    orphan.start()
+    assert held.wait(60)
+    with monkeypatch.context() as patch:
+        patch.setattr("kddata.cluster.sweep._ORPHAN_S", 0)
+        _train(trial)
+    assert f"a run has one driver; got process {os.getpid()} on " in reported[0]["error"]
+    threading.Timer(2, over.set).start()
+    _train(trial)
+    assert reported[1:] == [{"epochs": 1}]
+    orphan.join()
 
 
 def test_a_finished_sweep_starts_no_ray(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 
 from kddata import training
 from kddata.cluster.training import train
-from kddata.errors import ConfigError, ResourceError, TeacherError
+from kddata.errors import ConfigError, ResourceError, StoreBusyError, TeacherError
 from kddata.labelling import LabellingJob, label_store
 from kddata.testing import fake_teacher_args, make_images
 from kddata.training import DataArgs, EvaluationArgs, OptimizerArgs, Progress, StudentArgs, TrainingJob
@@ -58,6 +59,17 @@ def files(run: str) -> set[str]:
     return {str(path.relative_to(run)) for path in Path(run).rglob("*") if path.is_file() and path.name[0] != "."}
 
 
+def refusals(taken: TrainingJob) -> list[str]:
+    """What another that would train a run is told, on Ray and without, where this process drives it."""
+    told = []
+    for command in (train, training.train):
+        try:
+            command(taken)
+        except StoreBusyError as error:
+            told.append(str(error))
+    return [text for text in told if f"a run has one driver; got process {os.getpid()} on " in text]
+
+
 def test_two_ranks_take_the_steps_of_one_process(root: Path) -> None:
     told: list[Progress] = []
     alone = training.train(job(root, "alone"))
@@ -86,8 +98,11 @@ def test_peers_of_two_ranks_learn_as_in_one_process_though_a_rank_dies_in_the_mi
         for name in ("peers", "peers alone")
     ]
     (networks / "died").unlink(missing_ok=True)
-    both = train(jobs[0], workers=2, max_failures=1)
+    refused: list[str] = []
+    both = train(jobs[0], workers=2, max_failures=1, on_progress=lambda _: refused.extend(refusals(jobs[0])))
     assert (networks / "died").exists()
+    assert len(refused) >= 2, "the driver holds the run's lock, also while its ranks are restarted"
+    assert not list(Path(jobs[0].run).glob("lock-*"))
     np.testing.assert_allclose(both.loss_S, training.train(jobs[1]).loss_S, rtol=1e-4)
     for name in ("model.safetensors", "peer-1.safetensors"):
         a, b = (load_file(Path(each.run, name)) for each in jobs)
