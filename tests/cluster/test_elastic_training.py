@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,51 @@ def test_a_killed_driver_and_the_same_command_again_end_in_the_same_bits(
     assert consumed(folder) == rows
     assert sum(attempts(folder).values()) <= STEPS + 2, "steps before the last checkpoint are not taken again"
     assert files(file.parent / "driver")["model.safetensors"] == undisturbed["model.safetensors"]
+
+
+def test_a_loader_process_that_is_killed_takes_its_rank_to_the_last_checkpoint(
+    file: Path, address: str, folder: Path, rows: dict[int, list[str]], undisturbed: dict[str, bytes]
+) -> None:
+    """It reads and decodes for a rank, which is held at a step meanwhile. Each step has a checkpoint."""
+    killed: list[int] = []
+    strike(folder, step=5, number=signal.SIGSTOP)
+
+    def kill() -> None:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            for rank in (int(path.stem) for path in folder.glob("*.jsonl")):
+                if state(rank) == "T":
+                    loaders = [
+                        pid for pid in children(rank) if Path(f"/proc/{pid}/comm").read_text() == "pt_data_worker\n"
+                    ]
+                    for pid in loaders:
+                        os.kill(pid, signal.SIGKILL)
+                    killed.extend(loaders)
+                    os.kill(rank, signal.SIGCONT)
+                    return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    job = job_of(file, "loader")
+    train(job, workers=1, loader_processes=1, max_failures=1)
+    thread.join()
+    assert len(killed) == 1
+    assert consumed(folder) == rows
+    assert len(list(folder.glob("*.jsonl"))) == 2, (
+        "the rank failed when it wanted a step that nobody read, and was replaced"
+    )
+    assert sum(attempts(folder).values()) <= STEPS + 1, "it goes on from its last checkpoint"
+    assert files(Path(job.run))["model.safetensors"] == undisturbed["model.safetensors"]
+
+
+def state(pid: int) -> str:
+    """The letter of a process: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
 def test_ranks_that_die_or_stop_take_a_run_to_its_last_checkpoint_also_where_their_number_changes(
