@@ -24,10 +24,13 @@ import yaml
 
 from kddata import commands
 from kddata.config import LabelFile, label_job, load
+from kddata.errors import StoreBusyError
 from kddata.labelling import label_store
+from kddata.store.lock import LEASE_S
 from kddata.testing import make_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+SLEEP_S = LEASE_S + 2
 JOBS = Path(__file__).parents[2] / "jobs"
 BIN = Path(sys.executable).parent
 
@@ -94,6 +97,31 @@ def test_alone_stopped_and_started_again(
 
     commands.label(str(work / "label.yaml"), [f"store={store}"])
     assert capsys.readouterr().out == f"{store} is finished already; nothing was done\n"
+
+
+def test_alone_put_to_sleep_it_is_alive_and_goes_on_when_it_wakes(work: Path, tmp_path: Path) -> None:
+    """The driver, as by ctrl-Z; its Ray and its actors are awake, and find nobody who gives them units."""
+    store = tmp_path / "labels"
+    command = [sys.executable, "label.py", "label.yaml", f"store={store}"]
+    first = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while first.poll() is None and not list(store.glob("receipts/*.json")):
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        second = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        assert second.returncode == StoreBusyError.exit_code, second.stderr
+        assert f"a store has one driver; got process {first.pid} on " in second.stderr
+        time.sleep(max(0.0, SLEEP_S - (time.monotonic() - begin)))
+        assert not (store / "manifest-000001.json").exists()
+        first.send_signal(signal.SIGCONT)
+        out, err = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert first.returncode == 0, err
+    assert out.startswith(f"{store}: 48 views at ")
+    wanted = label_store(label_job(load(LabelFile, work / "label.yaml", [f"store={tmp_path / 'wanted'}"])))
+    assert files(store) == files(Path(wanted.store.url))
 
 
 @dataclass(frozen=True, kw_only=True)
