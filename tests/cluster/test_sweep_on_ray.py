@@ -169,9 +169,13 @@ def test_a_trial_waits_for_the_process_of_a_killed_sweep_that_still_has_its_run(
 
 def test_a_finished_sweep_starts_no_ray(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training.train(job(work, "done"))
+    left = Path(job(work, "done").run, "checkpoints/000000001.pt")
+    left.parent.mkdir()
+    left.touch()
     monkeypatch.setattr("kddata.cluster.sweep.connected", None)
     (outcome,) = sweep([Trial(name="done", job=job(work, "done"))], folder=str(work / "runs/second"))
     assert outcome.card is not None
+    assert not left.exists()
 
 
 def test_a_sweep_that_names_no_such_key_is_refused(work: Path) -> None:

@@ -128,7 +128,9 @@ def test_a_finished_run_is_read_back_and_another_job_of_its_name_is_refused(root
     told: list[Progress] = []
     finished = job(root, "finished", epochs=1)
     first = training.train(finished)
+    Path(finished.run, "progress.json").touch()  # of a driver that was killed at the very end
     assert train(finished, workers=2, on_progress=told.append) == first
+    assert "progress.json" not in files(finished.run)
     assert told == []
     with pytest.raises(ConfigError, match=r"optimizer\.epochs: begun with 1, now 2"):
         train(job(root, "finished", epochs=2))

@@ -155,6 +155,24 @@ def test_a_process_that_was_taken_over_stops(
     assert sorted(path.name for path in Path(job.run, "checkpoints").iterdir()) == ["000000004.pt"]
 
 
+def test_what_a_killed_process_left_in_a_finished_run_goes_unless_another_drives_it(
+    store: LabelStore, url: str
+) -> None:
+    stage = FirstStageArgs(method={"name": "hard"}, epochs=1)
+    job = dataclasses.replace(job_of(store, url), first_stage=stage)
+    result, files = train(job), open_storage(url)
+    names = files.sizes().keys()
+    left = ("checkpoints/000000008.pt", "first/checkpoints/.tmp-0a", ".tmp-0123456789abcdef", "progress.json")
+    mine = ("first/checkpoints.txt", "tensorboard/progress.json", "lock.txt")
+    for name in (*left, *mine):
+        files.create(name, b"")
+    with driving(url):
+        assert train(job) == result
+        assert files.sizes().keys() == names | {*left, *mine, LOCK}
+    assert train(job) == result
+    assert files.sizes().keys() == names | {*mine}
+
+
 def test_a_teacher_is_taught_by_one_process(tmp_path: Path) -> None:
     job = TeachingJob(
         images=make_images(tmp_path / "images", num_images=16, num_classes=4),
@@ -177,4 +195,6 @@ def test_a_teacher_is_taught_by_one_process(tmp_path: Path) -> None:
     card = teach(job, report=again)
     assert told == [1, 2]
     assert not list(Path(job.run).glob("lock-*"))
+    Path(job.run, ".tmp-0123456789abcdef").touch()
     assert teach(job) == card
+    assert not list(Path(job.run).glob(".tmp-*"))
