@@ -29,6 +29,7 @@ from kddata.store.storage import Storage, open_storage
 LOCK = re.compile(r"^lock-\d{6}\.json$")
 LEASE_S = 30.0
 RENEW_S = 5.0
+_SWEEPS = 3  # of the lock of one driver, before it is told: not even a folder may be there
 _held: set[str] = set()  # tokens of the drivers of this process
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Driver:
                     self._storage.remove_folder("")
 
     def _acquire(self, lease_s: float) -> int:
+        swept = 0
         while True:
             number, data = _newest(self._storage)
             if data is not None and not _is_dead(self._storage, number, data, lease_s):
@@ -120,10 +122,18 @@ class Driver:
             if data is not None:
                 _log.warning("%s: taking over from %s, which is gone", self._storage.url, _name(data))
             self._number = number + 1
-            if self._storage.create(_file(self._number), seal(self._value)):
+            try:
+                created = self._storage.create(_file(self._number), seal(self._value))
+            except FileNotFoundError:  # it slept while another finished the store, and swept what was half-written
+                swept += 1
+                if swept == _SWEEPS:
+                    raise
+                continue
+            if created:
                 if self._mine():
                     return self._number
-                self._storage.remove(_file(self._number))
+                if _newest(self._storage)[0] < self._number:  # a gap below: the owner has released its locks meanwhile
+                    self._storage.remove(_file(self._number))  # else another took over, and this one leads to its lock
 
     def _mine(self) -> bool:
         """Whether the newest lock is this driver's."""

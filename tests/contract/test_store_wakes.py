@@ -77,6 +77,17 @@ def first_write(steps: list[str]) -> int:
     return steps.index("open store/.tmp", steps.index("open store/lock-000002.json"))
 
 
+def test_a_driver_that_sleeps_while_it_takes_the_lock_wakes_as_any_other(
+    run: SmallRun, steps: list[str], tmp_path: Path
+) -> None:
+    """Also where the lock that it wakes with is a dead one, below that of an owner who sleeps."""
+    taking = range(steps.index("open store/lock-000001.json"), steps.index("open store/lock-000002.json") + 1)
+    assert chaos.survey(run, str(tmp_path), [[at, None] for at in taking], check=sleepers.wakes) == []
+    pairs = list(sleepers.pairs(taking, range(len(steps)), 20))
+    check = functools.partial(sleepers.wakes, ends=None)
+    assert chaos.survey(run, f"{tmp_path}/pairs", pairs, check=check) == []
+
+
 def test_a_driver_that_wakes_when_another_has_finished_the_store_harms_nothing_and_says_so(
     run: SmallRun, steps: list[str], first_write: int, tmp_path: Path
 ) -> None:
