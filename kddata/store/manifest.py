@@ -201,6 +201,9 @@ def load(storage: Storage) -> dict[str, Any]:
     if read_or_none(storage, HEADER) is None:
         raise StoreMissingError(f"a label store is a folder with a {MANIFEST}", where=storage.url, fix="check the path")
     names = storage.sizes()
+    committed = find(storage)  # it may have been published, and its receipts removed, since the first look
+    if committed is not None:
+        return committed
     manifests = [name for name in names if name.startswith("manifest-")]
     if manifests and not any(name.startswith("receipts/") for name in names):
         raise StoreDamagedError(

@@ -3,6 +3,7 @@
 import logging
 import os
 import stat
+import uuid
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from kddata import errors
 from kddata.store import LabelRows, LabelStore, manifest, naming, open_storage
+from kddata.store.storage import MemoryStorage
 from kddata.testing import begin_small_store, made_up_rows, small_spec, small_store
 
 
@@ -62,6 +64,22 @@ def test_opening_reads_the_manifest_alone(tmp_path):
     assert list(opened.units()) == list(store.units())
     assert opened.images == store.images
     assert (opened.num_rows, opened.info()["bytes"]) == (store.num_rows, store.info()["bytes"])
+
+
+def test_a_store_that_is_committed_while_it_is_opened_is_opened(monkeypatch):
+    url = f"memory://{uuid.uuid4().hex}"
+    store = begin_small_store(url)
+    for unit in store.units():
+        store.write_unit(unit, [made_up_rows(store, unit)])
+    listed = MemoryStorage.sizes
+
+    def commit_first(self, folder=""):
+        monkeypatch.setattr(MemoryStorage, "sizes", listed)
+        store.commit()
+        return listed(self, folder)
+
+    monkeypatch.setattr(MemoryStorage, "sizes", commit_first)
+    assert LabelStore.open(url).num_rows == store.num_rows
 
 
 def test_a_store_can_be_moved(tmp_path):
